@@ -1,0 +1,31 @@
+"""Mamba operations as PyTorch operators whose schema names the backend that runs them."""
+
+from torch_mamba_ops.dispatch import (
+    BackendError,
+    NoBackendError,
+    backends,
+    explain,
+    register_backend,
+    set_backend,
+    use_backend,
+)
+from torch_mamba_ops.dispatch.backend import entry_points as _entry_points
+from torch_mamba_ops.dispatch.selection import read_environment as _read_environment
+from torch_mamba_ops.ops import *  # noqa: F403
+from torch_mamba_ops.ops import __all__ as _operations
+
+__version__ = "0.1.0"
+
+__all__ = [  # noqa: PLE0604
+    "BackendError",
+    "NoBackendError",
+    "backends",
+    "explain",
+    "register_backend",
+    "set_backend",
+    "use_backend",
+    *_operations,
+]
+
+_entry_points()
+_read_environment()

@@ -1,0 +1,95 @@
+"""What is registered, and why a call runs where it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from . import selection
+from .errors import BackendError, describe_call
+from .op import ASK, Asked, Op, operation
+
+if TYPE_CHECKING:
+    from .backend import Backend
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backend and every reason why it cannot run the call (none: it can)."""
+
+    name: str
+    reasons: tuple[str, ...]
+    automatic: bool
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The choice for one call. ``chosen`` is None when nothing can run it or the backend asked for cannot."""
+
+    call: str
+    chosen: str | None
+    why: str
+    candidates: tuple[Candidate, ...]
+
+    def __str__(self) -> str:
+        lines = [self.call]
+        for candidate in self.candidates:
+            mark = "->" if candidate.name == self.chosen else "  "
+            note = "" if candidate.automatic else " (only by name)"
+            reasons = candidate.reasons or ("can run it",)
+            lines += [f"{mark} {candidate.name}{note}: {reason}" for reason in reasons]
+        return "\n".join([*lines, f"{self.chosen or 'nothing'}: {self.why}"])
+
+
+def backends(op: str) -> Mapping[str, Backend]:
+    """The registered backends of an operation by name, the automatic choice's order first."""
+    target = operation(op)
+    order = [name for name in target.auto if name in target.backends]
+    order += [name for name in target.backends if name not in target.auto]
+    return MappingProxyType({name: target.backends[name] for name in order})
+
+
+def explain(op: str, /, *args: Any, **kwargs: Any) -> Explanation:
+    """Tells for a call of the public function, without running it: each backend, every reason why it cannot run, and
+    which one is chosen and why. Fake tensors do.
+
+    Args:
+        op: the operation's name.
+        *args: the public function's arguments.
+        **kwargs: the public function's arguments.
+
+    Raises:
+        ValueError: no such operation, or arguments that the public function refuses.
+    """
+    target = operation(op)
+    requested = kwargs.pop("backend", None)
+    try:
+        target.function(*args, backend=ASK, **kwargs)
+    except Asked as asked:
+        return _explanation(target, requested, asked.tensors, asked.options)
+    raise AssertionError(f"{op}: the public function did not reach its operator")
+
+
+def _explanation(op: Op, requested: str | None, tensors: tuple[Any, ...], options: dict[str, Any]) -> Explanation:
+    candidates = tuple(
+        Candidate(name, tuple(backend.why_not(*tensors, **options)) if backend.why_not else (), name in op.auto)
+        for name, backend in backends(op.name).items()
+    )
+    chosen: str | None
+    try:
+        chosen, why = op.choose(requested, tensors, options).partition("@")[0], _source(op, requested)
+    except BackendError as error:
+        chosen, why = None, str(error).splitlines()[0]
+    return Explanation(describe_call(op.name, op.named(tensors, options)), chosen, why, candidates)
+
+
+def _source(op: Op, requested: str | None) -> str:
+    if requested not in (None, "auto"):
+        return "asked for by the call"
+    if requested is None and (name := selection.wanted(op.name, op.backends)) != "auto":
+        current = selection.current()
+        source = current.get(op.name, current.get(selection.EVERY, (name, "")))[1]
+        return f"asked for by {source}"
+    return f"automatic: the first of {', '.join(op.auto)} that can run it"

@@ -1,0 +1,97 @@
+"""Checks of arguments. Each error names the argument, what was given and what is expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER = (torch.int32, torch.int64)
+
+
+def check_tensor(
+    name: str,
+    tensor: Any,
+    shape: Sequence[int],
+    meaning: str,
+    device: torch.device,
+    dtypes: Sequence[torch.dtype] = FLOATING,
+) -> None:
+    """Checks type, shape, device and dtype of a tensor; ``meaning`` names the dimensions, e.g. ``[batch, heads]``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor {meaning}")
+    if tensor.shape != tuple(shape):
+        raise ValueError(f"{name}: got shape {_listed(tensor.shape)}, expected {meaning} = {_listed(shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: got device {tensor.device}, expected {device}, where the other tensors are")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}")
+
+
+def check_rank(name: str, tensor: Any, ranks: Sequence[int], meaning: str) -> None:
+    """Checks that ``tensor`` is a tensor of one of the ranks."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor {meaning}")
+    if tensor.dim() not in ranks:
+        raise ValueError(f"{name}: got shape {_listed(tensor.shape)}, expected {meaning}")
+
+
+def check_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOATING) -> None:
+    """Checks the dtype."""
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}")
+
+
+def check_groups(groups: int, heads: int) -> None:
+    """Checks that the groups of B and C divide the heads."""
+    if groups == 0 or heads % groups != 0:
+        raise ValueError(f"B: got {groups} groups, expected a number that divides the {heads} heads")
+
+
+def check_chunk_size(chunk_size: int) -> None:
+    """Checks that the chunk size is a positive power of two."""
+    if not isinstance(chunk_size, int):
+        raise TypeError(f"chunk_size: got {type(chunk_size).__name__}, expected an int")
+    if chunk_size <= 0 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size: got {chunk_size}, expected a power of two")
+
+
+def canonical_activation(activation: str | bool | None) -> str | None:
+    """``"silu"`` or None."""
+    if activation in (None, False):
+        return None
+    if activation in ("silu", "swish", True):
+        return "silu"
+    raise ValueError(f"activation: got {activation!r}, expected None, 'silu' or 'swish'")
+
+
+def check_out(out: Any, like: Tensor, inputs: dict[str, Tensor | None]) -> None:
+    """Checks that ``out`` can take a result with the shape, dtype and device of ``like`` and overlaps no input."""
+    check_tensor("out", out, like.shape, "the shape of the result", like.device, (like.dtype,))
+    for name, tensor in inputs.items():
+        if tensor is not None and (out is tensor or _overlap(out, tensor)):
+            raise ValueError(f"out: shares memory with {name}, expected a tensor of its own")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # addresses are not known; a compiled graph orders its reads and writes anyway
+        return False
+    first, second = _span(a), _span(b)
+    return first[0] < second[1] and second[0] < first[1]
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    if tensor.numel() == 0 or isinstance(tensor, torch._subclasses.FakeTensor):
+        return (0, 0)
+    start = tensor.data_ptr()
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (reach + 1) * tensor.element_size()
+
+
+def _listed(shape: Sequence[int]) -> str:
+    if torch.compiler.is_compiling():  # Dynamo cannot print symbolic sizes
+        return "[another]"
+    return f"[{', '.join(map(str, shape))}]"

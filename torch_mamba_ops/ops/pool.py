@@ -1,0 +1,48 @@
+"""Rows of a pool of states, picked by slot: read, write, refuse. Padding rows touch nothing.
+
+No boolean masks: they have data-dependent shapes, which neither CUDA graphs nor exported programs can have.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_slots(name: str, slots: Tensor | None, size: int, pad_slot_id: int) -> None:
+    """Raises a ValueError for slots outside the pool. On a GPU, and while tracing, that is the caller's contract."""
+    if slots is None or slots.device.type != "cpu" or torch.compiler.is_compiling() or type(slots) is not Tensor:
+        return
+    wrong = ((slots < 0) | (slots >= size)) & (slots != pad_slot_id)
+    if bool(wrong.any()):
+        given = slots[wrong].flatten()[0].item()
+        raise ValueError(f"{name}: got slot {given}, expected 0 to {size - 1}, or {pad_slot_id} for padding")
+
+
+def safe_index(slots: Tensor, valid: Tensor, size: int) -> Tensor:
+    """Slots to index a pool with: row 0 where not valid. Negative slots become ``size``, which indexing refuses, since
+    it would take them from the end."""
+    slots = slots.long()
+    return torch.where(valid, torch.where(slots < 0, size, slots), 0)
+
+
+def write_rows(pool: Tensor, index: tuple[Tensor, ...], values: Tensor, valid: Tensor) -> None:
+    """``pool[index[r]] = values[r]`` for the valid rows ``r``, in place.
+
+    Rows that are not valid repeat the first valid row's write, so that no two different values meet in one place; when
+    no row is valid the first place is written with what it holds.
+
+    Args:
+        pool: any strides; its leading dimensions are indexed.
+        index: safe indices [rows], one for each leading dimension.
+        values: [rows, ...], cast to the pool's dtype.
+        valid: [rows] bool.
+    """
+    count = valid.shape[0]
+    if count == 0:
+        return
+    rows = torch.arange(count, device=valid.device)
+    first = torch.where(valid, rows, count).amin()
+    source = torch.where(valid, rows, first.clamp(max=count - 1))
+    target = tuple(part[source] for part in index)
+    pool.index_put_(target, torch.where(first < count, values[source].to(pool.dtype), pool[target]))

@@ -1,0 +1,173 @@
+"""Checks a backend against the equations, on the operation's own cases. A third-party backend can run it on itself."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from torch_mamba_ops.dispatch import Op, operation
+from torch_mamba_ops.ops.case import Case
+
+# How much worse than the same recurrence run in float32, token by token, a backend may be.
+ERROR_BUDGET = 8.0
+
+Arguments = dict[str, Any]
+
+
+def cases(op: str, tag: str = "small") -> list[Case]:
+    """The operation's cases with a tag."""
+    module = importlib.import_module(f"torch_mamba_ops.ops.{operation(op).name}.cases")
+    return [case for case in module.CASES if tag in case.tags]
+
+
+def oracle(op: str) -> Callable[..., Any]:
+    """The operation's sequential recurrence; it computes in the dtype of what it is given."""
+    module = importlib.import_module(f"torch_mamba_ops.testing.oracles.{operation(op).name}")
+    return getattr(module, op)  # type: ignore[no-any-return]
+
+
+def build(case: Case, device: str | torch.device = "cpu", seed: int = 0) -> Arguments:
+    """The case's arguments, the same for the same seed."""
+    device = torch.device(device)
+    return case.build(device, torch.Generator(device).manual_seed(seed))
+
+
+def copied(arguments: Arguments, dtype: torch.dtype | None = None) -> Arguments:
+    """Arguments that can be mutated: with their strides, or in another dtype. One tensor given twice stays one."""
+    made: dict[int, Tensor] = {}
+
+    def copy(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in made:
+            made[id(value)] = _copy_tensor(value, dtype if dtype is not None and value.is_floating_point() else None)
+        return made[id(value)]
+
+    return tree_map(copy, arguments)  # type: ignore[no-any-return]
+
+
+def _copy_tensor(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if 0 in tensor.stride() or tensor.numel() == 0:
+        return tensor.to(dtype or tensor.dtype)  # expanded arguments are never mutated; expansion must survive
+    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    # Guard values around and between the elements, as a pool's page would have; see `assert_guards_hold`.
+    storage = torch.full((extent,), GUARD, dtype=dtype or tensor.dtype, device=tensor.device)
+    return storage.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+GUARD = 113.0
+
+
+def guard_intact(tensor: Tensor) -> bool:
+    """Whether what lies between the elements of a copied tensor still holds the guard value."""
+    extent = tensor.untyped_storage().nbytes() // tensor.element_size()
+    storage = tensor.as_strided((extent,), (1,), 0)
+    inside = torch.zeros(extent, dtype=torch.bool, device=tensor.device)
+    inside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
+    return bool((storage[~inside] == GUARD).all())
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a call must return and leave behind, in float64, and how far float32 arithmetic strays from it."""
+
+    outputs: tuple[Tensor, ...]
+    output_errors: tuple[float, ...]
+    mutated: dict[str, Tensor]
+    mutated_errors: dict[str, float]
+
+
+def truth(op: str, arguments: Arguments) -> Truth:
+    """Runs the oracle in float64 and in float32."""
+    mutated = _mutated_names(operation(op), arguments)
+    exact_arguments, rough_arguments = copied(arguments, torch.float64), copied(arguments, torch.float32)
+    exact = _as_tuple(oracle(op)(**exact_arguments))
+    rough = _as_tuple(oracle(op)(**rough_arguments))
+    return Truth(
+        exact,
+        tuple(_worst(e, r) for e, r in zip(exact, rough, strict=True)),
+        {name: exact_arguments[name] for name in mutated},
+        {name: _worst(exact_arguments[name], rough_arguments[name]) for name in mutated},
+    )
+
+
+def assert_right(op: str, arguments: Arguments, outputs: Any, expected: Truth) -> None:
+    """Compares a call's outputs and its mutated arguments with the truth, within the error budget."""
+    actual = _as_tuple(outputs)
+    assert len(actual) == len(expected.outputs), f"{op}: {len(actual)} outputs, expected {len(expected.outputs)}"
+    for position, (given, want, error) in enumerate(zip(actual, expected.outputs, expected.output_errors, strict=True)):
+        _assert_close(f"{op} output {position}", given, want, error)
+    for name, want in expected.mutated.items():
+        _assert_close(f"{op} {name}", arguments[name], want, expected.mutated_errors[name])
+        assert guard_intact(arguments[name]), f"{op} {name}: memory between its elements was written"
+
+
+def check_backend(op: str, backend: str, device: str | torch.device = "cpu", names: Sequence[str] | None = None) -> list[str]:
+    """Runs the operation's small cases on a backend and compares with the truth.
+
+    Args:
+        op: the operation.
+        backend: the backend's name.
+        device: where the tensors are.
+        names: cases to run; None: all small ones.
+
+    Returns:
+        The names of the cases that the backend cannot run, each with its reasons.
+
+    Raises:
+        AssertionError: a result is wrong.
+    """
+    target, skipped = operation(op), []
+    for case in cases(op):
+        if names is not None and case.name not in names:
+            continue
+        arguments = build(case, device)
+        if reasons := why_not(target, backend, arguments):
+            skipped.append(f"{case.name}: {'; '.join(reasons)}")
+            continue
+        given = copied(arguments)
+        assert_right(op, given, target.function(**given, backend=backend), truth(op, arguments))
+    return skipped
+
+
+def why_not(op: Op, backend: str, arguments: Arguments) -> tuple[str, ...]:
+    """The backend's own reasons why it cannot run these arguments."""
+    from torch_mamba_ops.dispatch import explain
+
+    found = {candidate.name: candidate.reasons for candidate in explain(op.name, **arguments).candidates}
+    return found[backend]
+
+
+def _mutated_names(op: Op, arguments: Arguments) -> list[str]:
+    return [name for i in op.mutated if arguments.get(name := op.tensors[i]) is not None]
+
+
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    if outputs is None:
+        return ()
+    return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
+
+
+def _worst(exact: Tensor, rough: Tensor) -> float:
+    return float((exact - rough.double()).abs().max()) if exact.numel() else 0.0
+
+
+def _assert_close(what: str, actual: Tensor, exact: Tensor, error: float) -> None:
+    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    if not exact.numel():
+        return
+    scale = float(exact.abs().max())
+    rounding = torch.finfo(actual.dtype).eps * exact.abs()
+    allowed = rounding + ERROR_BUDGET * max(error, torch.finfo(torch.float32).eps * scale)
+    difference = (actual.double() - exact).abs()
+    wrong = ~(difference <= allowed)  # NaN is wrong too
+    assert not bool(wrong.any()), (
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} elements are off; worst {float(difference.nan_to_num(float('inf')).max()):.3e}, "
+        f"allowed {float(allowed.max()):.3e}"
+    )
