@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,3 +96,46 @@ def _listed(shape: Sequence[int]) -> str:
     if torch.compiler.is_compiling():  # Dynamo cannot print symbolic sizes
         return "[another]"
     return f"[{', '.join(map(str, shape))}]"
+
+
+def check_scan_inputs(
+    tokens: tuple[int, ...],
+    x: Tensor,
+    dt: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    chunk_size: int,
+    D: Any,
+    z: Any,
+    dt_bias: Any,
+) -> int:
+    """Checks what the state space dual scans have in common; returns the size of the state."""
+    check_chunk_size(chunk_size)
+    check_dtype("x", x)
+    heads, head_dim = x.shape[-2:]
+    device = x.device
+    check_tensor("dt", dt, (*tokens, heads), "[tokens, heads]", device)
+    check_tensor("A", A, (heads,), "[heads]", device)
+    check_rank("B", B, (len(tokens) + 2,), "[tokens, groups, state]")
+    groups, size = B.shape[-2:]
+    check_tensor("B", B, (*tokens, groups, size), "[tokens, groups, state]", device)
+    check_tensor("C", C, (*tokens, groups, size), "[tokens, groups, state], like B", device)
+    check_groups(groups, heads)
+    if D is not None:
+        check_rank("D", D, (1, 2), "[heads] or [heads, head_dim]")
+        check_tensor("D", D, (heads, head_dim)[: D.dim()], "[heads] or [heads, head_dim]", device)
+    if z is not None:
+        check_tensor("z", z, x.shape, "the shape of x", device)
+    if dt_bias is not None:
+        check_tensor("dt_bias", dt_bias, (heads,), "[heads]", device)
+    return size
+
+
+def finite_limits(dt_limit: tuple[float, float]) -> tuple[float | None, float | None]:
+    """The limits of the step size, None where there is none: an infinite float in a graph makes an AOTInductor package
+    that cannot be loaded."""
+    low, high = (float(limit) for limit in dt_limit)
+    if not low <= high:
+        raise ValueError(f"dt_limit: got ({low}, {high}), expected (low, high) with low <= high")
+    return (None if low == -math.inf else low), (None if high == math.inf else high)

@@ -1,0 +1,251 @@
+"""The state space dual form over chunks of tokens: matrix products inside a chunk, a short recurrence between chunks.
+
+Dao and Gu, "Transformers are SSMs" (2024), section 6. Dense and packed batches differ only in which tokens make a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu, softplus
+
+from torch_mamba_ops.ops.packing import sequence_of_token
+from torch_mamba_ops.ops.scan import segment_sum
+
+
+def step_sizes(
+    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_min: float | None, dt_max: float | None
+) -> Tensor:
+    """Step sizes in float32: bias, softplus, limits."""
+    step = dt.float()
+    if dt_bias is not None:
+        step = step + dt_bias.float()
+    if dt_softplus:
+        step = softplus(step)
+    return step if dt_min is None and dt_max is None else step.clamp(dt_min, dt_max)
+
+
+def usable_chunk(chunk_size: int, length: int) -> int:
+    """A chunk no longer than needed, where the length is known."""
+    if not isinstance(length, int):
+        return chunk_size
+    return min(chunk_size, 1 << max(length - 1, 0).bit_length())
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Which token stands where in [rows, chunks, places].
+
+    Attributes:
+        token: int64 [chunks, places], the token gathered into each place; None: tokens are merely reshaped.
+        present: bool [chunks, places], whether that token counts; None: all do.
+        first: bool [chunks], whether a chunk is the first of its sequence.
+        size: places in a chunk.
+    """
+
+    token: Tensor | None
+    present: Tensor | None
+    first: Tensor
+    size: int
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """[rows, tokens, ...] -> [rows, chunks, places, ...]"""
+        if self.token is None:
+            return tensor.unflatten(1, (-1, self.size))
+        return tensor[:, self.token]
+
+
+def dense_chunks(length: int, chunk_size: int, device: torch.device) -> Chunks:
+    """Chunks of one sequence a row."""
+    size = usable_chunk(chunk_size, length)
+    count = (length + size - 1) // size
+    if not isinstance(length, int):
+        count = torch.sym_max(count, 2)  # else graphs with one chunk and with several differ
+    first = torch.arange(count, device=device) == 0
+    if isinstance(length, int) and length % size == 0:
+        return Chunks(None, None, first, size)
+    # A gather, since padding by a symbolic amount specialises on whether it is zero.
+    place = torch.arange(count * size, device=device).view(count, size)
+    return Chunks(place.clamp(max=length - 1), place < length, first, size)
+
+
+@dataclass(frozen=True)
+class PackedChunks:
+    """Chunks of a packed batch; none crosses a sequence, and boundaries are at absolute positions of the sequence.
+
+    Attributes:
+        chunks: over the packed tokens, as one row.
+        sequence: int64 [chunks], the sequence of each chunk.
+        last: int64 [sequences], the last chunk of each sequence.
+        not_empty: bool [sequences].
+        chunk_of_token: int64 [tokens].
+        place_of_token: int64 [tokens].
+        covered: bool [tokens], whether the token belongs to a sequence.
+    """
+
+    chunks: Chunks
+    sequence: Tensor
+    last: Tensor
+    not_empty: Tensor
+    chunk_of_token: Tensor
+    place_of_token: Tensor
+    covered: Tensor
+
+
+def packed_chunks(cu_seqlens: Tensor, tokens: int, chunk_size: int, num_computed_tokens: Tensor | None) -> PackedChunks:
+    """Works the chunks out on the device; their number is a bound, so that no shape depends on data."""
+    bounds = cu_seqlens.long()
+    starts, lengths = bounds[:-1], bounds[1:] - bounds[:-1]
+    sequences = starts.shape[0]
+    offsets = torch.zeros_like(starts) if num_computed_tokens is None else num_computed_tokens.long() % chunk_size
+    counts = torch.where(lengths > 0, (offsets + lengths + chunk_size - 1) // chunk_size, 0)
+    ends = counts.cumsum(0)
+    begins = ends - counts
+
+    chunk = torch.arange(tokens // chunk_size + 2 * sequences, device=bounds.device)
+    sequence = torch.searchsorted(ends, chunk, right=True).clamp(max=sequences - 1)
+    place = torch.arange(chunk_size, device=bounds.device)
+    local = chunk - begins[sequence]
+    position = (local * chunk_size - offsets[sequence])[:, None] + place
+    present = (position >= 0) & (position < lengths[sequence][:, None]) & (chunk < ends[-1])[:, None]
+    token = (starts[sequence][:, None] + position).clamp(min=0, max=tokens - 1)
+
+    of_token, position_of_token, covered = sequence_of_token(cu_seqlens, tokens)
+    shifted = position_of_token + offsets[of_token]
+    return PackedChunks(
+        chunks=Chunks(token, present, local == 0, chunk_size),
+        sequence=sequence,
+        last=(ends - 1).clamp(min=0),
+        not_empty=lengths > 0,
+        chunk_of_token=begins[of_token] + shifted // chunk_size,
+        place_of_token=shifted % chunk_size,
+        covered=covered,
+    )
+
+
+def scan_chunks(
+    x: Tensor,
+    step: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunks: Chunks,
+    start: Tensor | None,
+    sequence: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs without D and z, and the state at the end of each chunk.
+
+    Args:
+        x: ``[rows, tokens, heads, head_dim]``.
+        step: ``[rows, tokens, heads]``, float32.
+        A: ``[heads]``.
+        B: ``[rows, tokens, groups, state]``.
+        C: like B.
+        chunks: which tokens make a chunk.
+        start: ``[rows, chunks, heads, head_dim, state]``, the state before each chunk that is the first of its
+            sequence; None: zero.
+        sequence: int ``[rows, tokens]``, the sequence of each token where a row holds several one after the other.
+
+    Returns:
+        float32 ``[rows, chunks, places, heads, head_dim]`` and ``[rows, chunks, heads, head_dim, state]``.
+    """
+    heads, head_dim = x.shape[-2:]
+    groups, state = B.shape[-2:]
+    per_group = heads // groups
+
+    # r row, c chunk, g group, h head of the group; q and k are places, p head_dim, n state.
+    xs = chunks.split(x).float().unflatten(-2, (groups, per_group)).permute(0, 1, 3, 4, 2, 5)  # r c g h k p
+    Bs, Cs = (chunks.split(t).float().transpose(2, 3) for t in (B, C))  # r c g k n
+    steps = chunks.split(step)
+    if chunks.present is not None:
+        steps = torch.where(chunks.present[..., None], steps, 0.0)
+    steps = steps.movedim(2, -1).unflatten(2, (groups, per_group))  # r c g h k
+    decay = (steps * A.float().view(groups, per_group, 1)).cumsum(-1)  # log decay from the chunk's start
+    total = decay[..., -1]
+
+    place = torch.arange(chunks.size, device=x.device)
+    visible = place[:, None] >= place
+    to_end = total[..., None] - decay
+    from_before = decay
+    if sequence is not None:
+        owner = chunks.split(sequence)  # r c k
+        carried = torch.cat([owner[:, :1, 0], owner[:, :-1, -1]], 1)  # whose state enters a chunk
+        visible = (visible & (owner[..., None] == owner[..., None, :]))[:, :, None, None]
+        to_end = torch.where((owner == owner[..., -1:])[:, :, None, None], to_end, -torch.inf)
+        from_before = torch.where((owner == carried[..., None])[:, :, None, None], decay, -torch.inf)
+        total = torch.where((owner[..., -1] == carried)[:, :, None, None], total, -torch.inf)
+
+    # Inside a chunk: masked attention with the decay between two places as its weight.
+    scores = Cs @ Bs.transpose(-1, -2)  # r c g q k
+    between = torch.exp(torch.where(visible, decay[..., :, None] - decay[..., None, :], -torch.inf))
+    y = (scores.unsqueeze(3) * between * steps[..., None, :]) @ xs  # r c g h q p
+
+    # What a chunk adds to the state: one product a group, [h p, k] x [k, n].
+    weighted = (xs * (torch.exp(to_end) * steps)[..., None]).transpose(-1, -2).flatten(3, 4)
+    added = (weighted @ Bs).unflatten(3, (per_group, head_dim))  # r c g h p n
+    if start is not None:
+        begin = start.unflatten(2, (groups, per_group))
+        entering = torch.where(chunks.first.view(1, -1, 1, 1, 1, 1), begin, 0.0)
+        added = added + torch.exp(total)[..., None, None] * entering
+
+    # Between chunks: h[i] = sum over j <= i of decay(j to i) added[j], one product with a [chunks, chunks] matrix.
+    passed = torch.where(chunks.first.view(1, -1, 1, 1), -torch.inf, total).permute(0, 2, 3, 1)  # r g h c
+    transfer = torch.exp(segment_sum(passed)).transpose(-1, -2)  # r g h to from
+    ends = (transfer @ added.permute(0, 2, 3, 1, 4, 5).flatten(4, 5)).unflatten(4, (head_dim, state))
+    ends = ends.permute(0, 3, 1, 2, 4, 5)  # r c g h p n
+    before = torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
+    before = torch.where(chunks.first.view(1, -1, 1, 1, 1, 1), 0.0 if start is None else begin, before)
+
+    # What the state before a chunk gives its places: one product a group, [q, n] x [n, h p].
+    given = Cs @ before.permute(0, 1, 2, 5, 3, 4).flatten(4, 5)  # r c g q (h p)
+    given = given.unflatten(4, (per_group, head_dim)).transpose(3, 4)  # r c g h q p
+    y = y + given * torch.exp(from_before)[..., None]
+    return y.permute(0, 1, 4, 2, 3, 5).flatten(3, 4), ends.flatten(2, 3)
+
+
+def packed_scan(
+    x: Tensor,
+    step: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    cu_seqlens: Tensor,
+    chunk_size: int,
+    initial: Tensor | None,
+    num_computed_tokens: Tensor | None,
+) -> tuple[Tensor, Tensor, PackedChunks]:
+    """`scan_chunks` of packed sequences, as one row ``[1, tokens, ...]``.
+
+    Args:
+        x, step, A, B, C: as there, with one row.
+        cu_seqlens: int ``[sequences + 1]``.
+        chunk_size: tokens a chunk.
+        initial: ``[sequences, heads, head_dim, state]``, float32; None: zero.
+        num_computed_tokens: int ``[sequences]``, tokens of each sequence before these; chunks begin at multiples of the
+            chunk size counted from there.
+
+    Returns:
+        float32 outputs ``[1, tokens, heads, head_dim]``, arbitrary for tokens of no sequence; states after each sequence,
+        ``[sequences, heads, head_dim, state]`` (of empty ones the initial, or arbitrary without); and the chunks.
+    """
+    packed = packed_chunks(cu_seqlens, x.shape[1], chunk_size, num_computed_tokens)
+    start = None if initial is None else initial[packed.sequence].unsqueeze(0)
+    y, ends = scan_chunks(x, step, A, B, C, packed.chunks, start)
+    y = y[:, packed.chunk_of_token, packed.place_of_token]
+    states = ends[0, packed.last]
+    if initial is not None:
+        states = torch.where(packed.not_empty.view(-1, 1, 1, 1), states, initial)
+    return y, states, packed
+
+
+def finish(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, covered: Tensor | None = None) -> Tensor:
+    """Skip connection and gate, in x's dtype; zero for tokens that are not covered."""
+    if D is not None:
+        y = y + (D[:, None] if D.dim() == 1 else D).float() * x.float()
+    if z is not None:
+        y = y * silu(z.float())
+    if covered is not None:
+        y = torch.where(covered[:, None, None], y, 0.0)
+    return y.to(x.dtype).contiguous()
