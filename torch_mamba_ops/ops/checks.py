@@ -72,9 +72,14 @@ def canonical_activation(activation: str | bool | None) -> str | None:
 def check_out(out: Any, like: Tensor, inputs: dict[str, Tensor | None]) -> None:
     """Checks that ``out`` can take a result with the shape, dtype and device of ``like`` and overlaps no input."""
     check_tensor("out", out, like.shape, "the shape of the result", like.device, (like.dtype,))
-    for name, tensor in inputs.items():
-        if tensor is not None and (out is tensor or _overlap(out, tensor)):
-            raise ValueError(f"out: shares memory with {name}, expected a tensor of its own")
+    check_disjoint("out", out, inputs)
+
+
+def check_disjoint(name: str, written: Tensor, inputs: dict[str, Tensor | None]) -> None:
+    """Checks that a tensor to be written overlaps no input."""
+    for other, tensor in inputs.items():
+        if tensor is not None and (written is tensor or _overlap(written, tensor)):
+            raise ValueError(f"{name}: shares memory with {other}, expected a tensor of its own")
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:

@@ -20,22 +20,24 @@ class RaggedTokens:
     Attributes:
         present: [batch, length] bool, whether that token exists; None: all do.
         not_empty: [batch] bool, whether the sequence has a token; None: all have.
+        lengths: [batch] int64, tokens of each sequence; None: all have the rows' length.
     """
 
     def __init__(self, x: Tensor, channel_dims: int, cu_seqlens: Tensor | None, max_seqlen: int | None) -> None:
         self.single = cu_seqlens is None and x.dim() == channel_dims + 1
         self.present: Tensor | None = None
         self.not_empty: Tensor | None = None
+        self.lengths: Tensor | None = None
         self._cu_seqlens = cu_seqlens
         if cu_seqlens is not None:
             assert max_seqlen is not None
             self._total = x.shape[0]
             starts = cu_seqlens[:-1].long()
-            self._lengths = cu_seqlens[1:].long() - starts
+            self.lengths = cu_seqlens[1:].long() - starts
             steps = torch.arange(max_seqlen, device=x.device)
             self._index = (starts[:, None] + steps).clamp(max=x.shape[0] - 1)
-            self.present = steps < self._lengths[:, None]
-            self.not_empty = self._lengths > 0
+            self.present = steps < self.lengths[:, None]
+            self.not_empty = self.lengths > 0
 
     def rows(self, tensor: Tensor) -> Tensor:
         """[batch, length, ...]; what stands for a missing token is arbitrary."""
@@ -53,10 +55,10 @@ class RaggedTokens:
 
     def last(self, rows: Tensor) -> Tensor:
         """[batch, ...], the row of each sequence's last token."""
-        if self._cu_seqlens is None:
+        if self.lengths is None:
             return rows[:, -1]
         batch = torch.arange(rows.shape[0], device=rows.device)
-        return rows[batch, (self._lengths - 1).clamp(min=0, max=rows.shape[1] - 1)]
+        return rows[batch, (self.lengths - 1).clamp(min=0, max=rows.shape[1] - 1)]
 
     def steps_present(self, mask: Tensor) -> Tensor:
         """``mask`` [batch, columns] without the tokens that do not exist."""

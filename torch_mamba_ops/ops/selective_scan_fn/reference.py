@@ -42,7 +42,7 @@ def selective_scan_fn(
     y = y.transpose(1, 2)
     if z is not None:
         y = y * silu(z.float())
-    return y.to(u.dtype).contiguous(), states[:, -1].contiguous()
+    return y.to(u.dtype).contiguous(), states[:, -1].clone()
 
 
 def _by_channel(projection: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,6 @@
+"""Causal depthwise convolution over packed sequences and a pool of windows."""
+
+from .op import causal_conv1d_varlen_fn
+from .reference import causal_conv1d_varlen_fn as _reference  # noqa: F401 - registers the backend
+
+__all__ = ["causal_conv1d_varlen_fn"]
