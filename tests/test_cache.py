@@ -43,7 +43,9 @@ def _run(cache: Path, backend: str = "", choice: str = "", path: Path | None = N
     }
     program = cache.parent / "program.py"
     program.write_text(PROGRAM.format(backend=backend, choice=choice))
-    done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, str(program)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return told

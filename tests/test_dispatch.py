@@ -111,14 +111,16 @@ def test_a_users_backend_is_in_the_compiled_graph(trace: str) -> None:
         graphs.append(graph)
         return graph
 
-    from torch._dynamo.backends.common import aot_autograd
     from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
 
     def keep_aten(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         keep(graph, inputs)
         return make_boxed_func(graph)
 
-    compiled = torch.compile(lambda x, w: tmo.rms_norm_gated(x, w), backend=aot_autograd(fw_compiler=keep_aten), fullgraph=True)
+    compiled = torch.compile(
+        lambda x, w: tmo.rms_norm_gated(x, w), backend=aot_autograd(fw_compiler=keep_aten), fullgraph=True
+    )
     with tmo.use_backend(rms_norm_gated="mine"):
         assert compiled(torch.ones(2, 4), torch.ones(4)).eq(2).all()
     ours = [node for node in graphs[0].graph.nodes if node.target is OPS[OP].overload]
@@ -244,7 +246,9 @@ def test_unknown_names_are_told_with_the_nearest() -> None:
         ("rms_norm_gated=referense", "did you mean 'reference'"),
     ],
 )
-def test_a_malformed_environment_is_told_by_the_first_call(value: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_malformed_environment_is_told_by_the_first_call(
+    value: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_MAMBA_OPS_BACKEND", value)
     selection.read_environment()
     with pytest.raises(ValueError, match=told) as error:
@@ -256,7 +260,9 @@ def test_a_malformed_environment_is_told_by_the_first_call(value: str, told: str
 def test_a_program_saved_with_another_hash_still_runs() -> None:
     x, w = torch.ones(1, 4), torch.ones(4)
     options = {"eps": 1e-6, "group_size": None, "norm_before_gate": True}
-    assert OPS[OP].overload(x, w, None, None, **options, backend="reference@000000000000").mean() == pytest.approx(1.0, abs=1e-5)
+    assert OPS[OP].overload(x, w, None, None, **options, backend="reference@000000000000").mean() == pytest.approx(
+        1.0, abs=1e-5
+    )
     with pytest.raises(tmo.BackendError, match="unknown backend 'gone'"):
         OPS[OP].overload(x, w, None, None, **options, backend="gone@000000000000")
 

@@ -13,10 +13,11 @@ from torch_mamba_ops.dispatch.backend import entry_points as _entry_points
 from torch_mamba_ops.dispatch.selection import read_environment as _read_environment
 from torch_mamba_ops.ops import *  # noqa: F403
 from torch_mamba_ops.ops import __all__ as _operations
+from torch_mamba_ops.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "BackendError",
     "NoBackendError",
     "backends",

@@ -151,7 +151,9 @@ def _conformed(op: Op, name: str, output: Any, expected: torch.Tensor, inputs: S
     if any(output is tensor for tensor in inputs):
         raise BackendError(f"{op.name}: backend {name!r} returned one of its inputs; return a new tensor")
     if output.stride() != expected.stride():
-        output = torch.empty_strided(expected.shape, expected.stride(), dtype=output.dtype, device=output.device).copy_(output)
+        output = torch.empty_strided(expected.shape, expected.stride(), dtype=output.dtype, device=output.device).copy_(
+            output
+        )
     return output
 
 

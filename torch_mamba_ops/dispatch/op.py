@@ -75,7 +75,9 @@ class Op:
         self.function: Callable[..., Any]
         self.backends: dict[str, Backend] = {}
         _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, lambda *tensors, backend, **options: fake(*tensors, **options), lib=_LIBRARY)
+        torch.library.register_fake(
+            qualified, lambda *tensors, backend, **options: fake(*tensors, **options), lib=_LIBRARY
+        )
         torch.library.register_torch_dispatch(qualified, FunctionalTensorMode, self._trace, lib=_LIBRARY)
         if differentiable:
             torch.library.register_autograd(qualified, self._backward, setup_context=self._save, lib=_LIBRARY)
@@ -88,7 +90,9 @@ class Op:
         for position in self.mutated:
             state = tensors[position]
             if state is not None and state.requires_grad:
-                raise ValueError(f"{self.tensors[position]}: requires grad, expected a tensor that can be updated in place")
+                raise ValueError(
+                    f"{self.tensors[position]}: requires grad, expected a tensor that can be updated in place"
+                )
         return self.overload(*tensors, **options, backend=self.choose(backend, tensors, options))
 
     def choose(self, requested: str | None, tensors: tuple[Any, ...], options: dict[str, Any]) -> str:

@@ -66,6 +66,8 @@ def _blocked(log_decay: Tensor, update: Tensor, levels: int) -> Tensor:
     decay_here, here = _doubling(split(log_decay), split(update))
     decay_here, here = (t.unflatten(0, (batch, blocks)) for t in (decay_here, here))
     carry = _blocked(decay_here[:, :, -1], here[:, :, -1], levels - 1)
-    before = torch.cat([torch.zeros_like(carry[:, :1]), carry[:, :-1]], 1)
+    # roll and indexing, since a slice to a symbolic length specialises on whether it is one element, or the whole.
+    is_first = (torch.arange(blocks, device=update.device) == 0).view(-1, *([1] * (carry.dim() - 2)))
+    before = torch.where(is_first, 0.0, carry.roll(1, 1))
     joined = here + torch.exp(decay_here) * before.unsqueeze(2)
-    return joined.flatten(1, 2)[:, :length]
+    return joined.flatten(1, 2)[:, torch.arange(length, device=update.device)]

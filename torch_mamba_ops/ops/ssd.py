@@ -56,6 +56,12 @@ class Chunks:
             return tensor.unflatten(1, (-1, self.size))
         return tensor[:, self.token]
 
+    def join(self, places: Tensor, length: int) -> Tensor:
+        """[rows, chunks, places, ...] -> [rows, length, ...], for chunks that stand in the order of the tokens."""
+        tokens = places.flatten(1, 2)
+        # Indexing: a slice to a symbolic length specialises on whether it is the whole.
+        return tokens if self.token is None else tokens[:, torch.arange(length, device=tokens.device)]
+
 
 def dense_chunks(length: int, chunk_size: int, device: torch.device) -> Chunks:
     """Chunks of one sequence a row."""
@@ -171,7 +177,8 @@ def scan_chunks(
     from_before = decay
     if sequence is not None:
         owner = chunks.split(sequence)  # r c k
-        carried = torch.cat([owner[:, :1, 0], owner[:, :-1, -1]], 1)  # whose state enters a chunk
+        is_first = torch.arange(owner.shape[1], device=x.device) == 0
+        carried = torch.where(is_first, owner[:, :1, 0], owner[:, :, -1].roll(1, 1))  # whose state enters a chunk
         visible = (visible & (owner[..., None] == owner[..., None, :]))[:, :, None, None]
         to_end = torch.where((owner == owner[..., -1:])[:, :, None, None], to_end, -torch.inf)
         from_before = torch.where((owner == carried[..., None])[:, :, None, None], decay, -torch.inf)
@@ -195,8 +202,7 @@ def scan_chunks(
     transfer = torch.exp(segment_sum(passed)).transpose(-1, -2)  # r g h to from
     ends = (transfer @ added.permute(0, 2, 3, 1, 4, 5).flatten(4, 5)).unflatten(4, (head_dim, state))
     ends = ends.permute(0, 3, 1, 2, 4, 5)  # r c g h p n
-    before = torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
-    before = torch.where(chunks.first.view(1, -1, 1, 1, 1, 1), 0.0 if start is None else begin, before)
+    before = torch.where(chunks.first.view(1, -1, 1, 1, 1, 1), 0.0 if start is None else begin, ends.roll(1, 1))
 
     # What the state before a chunk gives its places: one product a group, [q, n] x [n, h p].
     given = Cs @ before.permute(0, 1, 2, 5, 3, 4).flatten(4, 5)  # r c g q (h p)

@@ -134,11 +134,15 @@ def assert_right(op: str, arguments: Arguments, outputs: Any, expected: Truth) -
         _assert_close(f"{op} {name}", arguments[name], want, expected.mutated_errors[name])
         unchanged = expected.untouched[name]
         kept = arguments[name].double()[unchanged]
-        assert torch.equal(kept.nan_to_num(GUARD), want[unchanged].nan_to_num(GUARD)), f"{op} {name}: wrote where nothing changes"
+        assert torch.equal(kept.nan_to_num(GUARD), want[unchanged].nan_to_num(GUARD)), (
+            f"{op} {name}: wrote where nothing changes"
+        )
         assert guard_intact(arguments[name]), f"{op} {name}: memory between its elements was written"
 
 
-def check_backend(op: str, backend: str, device: str | torch.device = "cpu", names: Sequence[str] | None = None) -> list[str]:
+def check_backend(
+    op: str, backend: str, device: str | torch.device = "cpu", names: Sequence[str] | None = None
+) -> list[str]:
     """Runs the operation's small cases on a backend and compares with the truth.
 
     Args:

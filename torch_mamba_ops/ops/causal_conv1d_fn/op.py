@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from torch_mamba_ops.dispatch import Op
-from torch_mamba_ops.ops.checks import INTEGER, canonical_activation, check_disjoint, check_dtype, check_rank, check_tensor
+from torch_mamba_ops.ops.checks import (
+    INTEGER,
+    canonical_activation,
+    check_disjoint,
+    check_dtype,
+    check_rank,
+    check_tensor,
+)
 from torch_mamba_ops.ops.conv import check_filter
 
 
@@ -78,9 +85,22 @@ def causal_conv1d_fn(
         check_tensor("final_states_out", final_states_out, window, "[batch, dim, width - 1]", x.device, (x.dtype,))
         inputs = {"x": x, "weight": weight, "bias": bias, "initial_states": initial_states}
         check_disjoint("final_states_out", final_states_out, inputs)
-    out: Tensor = OP(backend, (x, weight, bias, seq_idx, initial_states), {"activation": canonical_activation(activation)})
+    out: Tensor = OP(
+        backend, (x, weight, bias, seq_idx, initial_states), {"activation": canonical_activation(activation)}
+    )
     if not return_final_states:
         return out
-    before = x.new_zeros(window) if initial_states is None else initial_states.to(x.dtype)
-    final_states = torch.cat([before, x], -1)[:, :, length:]  # a view of its own memory
+    final_states = _final_states(x, initial_states, width)
     return out, final_states if final_states_out is None else final_states_out.copy_(final_states)
+
+
+def _final_states(x: Tensor, initial_states: Tensor | None, width: int) -> Tensor:
+    """The last inputs, picked by index: a slice would keep the whole text alive, and how many of them stand in x is not
+    asked, which would make a graph of its own for texts shorter than the window."""
+    batch, dim, length = x.shape
+    before = x.new_zeros((batch, dim, width - 1)) if initial_states is None else initial_states.to(x.dtype)
+    if length == 0:
+        return before.clone()
+    position = torch.arange(width - 1, device=x.device) + (length - (width - 1))
+    older = before.index_select(2, (position + width - 1).clamp(max=width - 2))
+    return torch.where(position < 0, older, x.index_select(2, position.clamp(min=0)))

@@ -46,7 +46,9 @@ class _Step:
             arguments["x"] = normal(self.batch, self.dim, *(() if self.length is None else (self.length,)))
         rows = self.batch if self.slots is None else self.pool_size
         arguments |= {
-            "conv_state": pool_of_windows(rows, self.dim, self.columns, self.layout, self.state_dtype, device, generator),
+            "conv_state": pool_of_windows(
+                rows, self.dim, self.columns, self.layout, self.state_dtype, device, generator
+            ),
             "weight": normal(self.dim, self.width),
             "bias": normal(self.dim) if self.bias else None,
         }

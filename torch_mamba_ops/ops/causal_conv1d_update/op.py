@@ -56,9 +56,9 @@ def causal_conv1d_update(
         cache_seqlens: int ``[batch]``, tokens seen so far: the columns are a ring, written from column
             ``cache_seqlens % columns``, and nothing shifts.
         conv_state_indices: int ``[batch]``, the slot of each sequence; None: sequence i has slot i.
-        num_accepted_tokens: int ``[batch]``, speculative decoding: how many tokens of the last step were accepted. The
-            window is then columns ``[accepted - 1, accepted + width - 2)``, and afterwards the first columns hold its last
-            ``width - 2`` inputs and the new tokens; needs columns >= width - 2 + tokens.
+        num_accepted_tokens: int ``[batch]``, speculative decoding: how many tokens of the last step were accepted (0
+            counts as 1). The window is then columns ``[accepted - 1, accepted + width - 2)``, and afterwards the first
+            columns hold its last ``width - 2`` inputs and the new tokens; needs columns >= width - 2 + tokens.
         query_start_loc: int ``[batch + 1]``, the first token of each sequence in a packed batch. A sequence may have no
             token: its slot is left alone. Tokens of no sequence get zero.
         max_query_len: with query_start_loc, a bound on the tokens of one sequence.
@@ -78,7 +78,9 @@ def causal_conv1d_update(
     Paper: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), section 3.4.
     """
     packed = query_start_loc is not None
-    check_rank("x", x, (2,) if packed else (2, 3), "[total_tokens, dim]" if packed else "[batch, dim] or [batch, dim, length]")
+    check_rank(
+        "x", x, (2,) if packed else (2, 3), "[total_tokens, dim]" if packed else "[batch, dim] or [batch, dim, length]"
+    )
     check_dtype("x", x)
     dim = x.shape[1]
     width = check_filter(x, dim, weight, bias, widest=6)
@@ -88,7 +90,9 @@ def causal_conv1d_update(
         check_rank("query_start_loc", query_start_loc, (1,), "[batch + 1]")
         check_tensor("query_start_loc", query_start_loc, query_start_loc.shape, "[batch + 1]", x.device, INTEGER)
         if max_query_len is None:
-            raise ValueError("max_query_len: got None with query_start_loc, expected a bound on the tokens of one sequence")
+            raise ValueError(
+                "max_query_len: got None with query_start_loc, expected a bound on the tokens of one sequence"
+            )
         batch, length = query_start_loc.shape[0] - 1, max_query_len
     elif max_query_len is not None:
         raise ValueError(f"max_query_len: got {max_query_len} without query_start_loc, expected both")

@@ -12,7 +12,13 @@ from torch_mamba_ops.ops.case import Case
 
 
 def pool_of_windows(
-    slots: int, dim: int, columns: int, layout: str, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    slots: int,
+    dim: int,
+    columns: int,
+    layout: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
 ) -> Tensor:
     """[slots, dim, columns]: ``"DS"`` columns innermost, ``"SD"`` dim innermost, ``"page"`` SD in padded pages."""
     values = torch.randn((slots, columns, dim), device=device, generator=generator).to(dtype)

@@ -83,5 +83,7 @@ def causal_conv1d_varlen_fn(
     if has_initial_state is not None:
         check_tensor("has_initial_state", has_initial_state, (sequences,), "[sequences]", x.device, (torch.bool,))
     options = {"activation": canonical_activation(activation), "pad_slot_id": pad_slot_id}
-    result: Tensor = OP(backend, (x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state), options)
+    result: Tensor = OP(
+        backend, (x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state), options
+    )
     return result

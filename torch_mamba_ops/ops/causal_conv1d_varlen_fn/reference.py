@@ -29,9 +29,12 @@ def causal_conv1d_varlen_fn(
     if x.numel() == 0 or sequences == 0:
         return torch.zeros_like(x)
     width, columns = weight.shape[1], conv_states.shape[2]
-    slots = torch.arange(sequences, device=x.device) if cache_indices is None else cache_indices
-    valid = slots != pad_slot_id
-    index = safe_index(slots, valid, conv_states.shape[0])
+    if cache_indices is None:
+        index = torch.arange(sequences, device=x.device)
+        valid = torch.ones_like(index, dtype=torch.bool)
+    else:
+        valid = cache_indices != pad_slot_id
+        index = safe_index(cache_indices, valid, conv_states.shape[0])
     known = torch.zeros_like(valid) if has_initial_state is None else has_initial_state & valid
     # Padding rows keep what they hold: only known windows may enter a result.
     window = torch.where(known[:, None, None], conv_states[index], 0.0).transpose(1, 2)  # [sequences, columns, dim]
@@ -54,7 +57,9 @@ def causal_conv1d_varlen_fn(
 
     starts = query_start_loc[:-1].long()
     lengths = query_start_loc[1:].long() - starts
-    column = lengths[:, None] - columns + torch.arange(columns, device=x.device)  # token of each column of the new window
+    column = (
+        lengths[:, None] - columns + torch.arange(columns, device=x.device)
+    )  # token of each column of the new window
     appended = tokens[(starts[:, None] + column).clamp(min=0, max=total - 1)]
     shifted = window.gather(1, (columns + column).clamp(max=columns - 1).unsqueeze(-1).expand_as(window))
     new = torch.where((column >= 0)[..., None], appended.to(conv_states.dtype), shifted).transpose(1, 2)

@@ -40,6 +40,14 @@ CASES = (
     Case("swap_in_one_pool", _build((6,), [1, 4], [4, 1], one_pool=True), frozenset({"small", "opcheck"})),
     Case("padding", _build((6,), [-1, 4, 2], [4, -1, 1]), frozenset({"small"})),
     Case("all_padding", _build((6,), [-1, -1], [-1, 2]), frozenset({"small"})),
-    Case("padded_page", _build((4, 5), [1, 4, 0], [6, 2, 5], torch.bfloat16, padded_page=True), frozenset({"small", "opcheck"})),
-    Case("nemotron_h_8b_64_slots", _build((128, 64, 128), list(range(64)), list(range(64, 128)), one_pool=True, slots=128), frozenset({"model"})),
+    Case(
+        "padded_page",
+        _build((4, 5), [1, 4, 0], [6, 2, 5], torch.bfloat16, padded_page=True),
+        frozenset({"small", "opcheck"}),
+    ),
+    Case(
+        "nemotron_h_8b_64_slots",
+        _build((128, 64, 128), list(range(64)), list(range(64, 128)), one_pool=True, slots=128),
+        frozenset({"model"}),
+    ),
 )

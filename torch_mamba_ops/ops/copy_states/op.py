@@ -48,7 +48,14 @@ def copy_states(
     """
     check_rank("dst_pool", dst_pool, range(1, 9), "[slots, ...]")
     check_dtype("dst_pool", dst_pool, (src_pool.dtype,))
-    check_tensor("src_pool", src_pool, (src_pool.shape[0], *dst_pool.shape[1:]), "[slots, ...]", dst_pool.device, (dst_pool.dtype,))
+    check_tensor(
+        "src_pool",
+        src_pool,
+        (src_pool.shape[0], *dst_pool.shape[1:]),
+        "[slots, ...]",
+        dst_pool.device,
+        (dst_pool.dtype,),
+    )
     check_rank("src_indices", src_indices, (1,), "[copies]")
     check_tensor("src_indices", src_indices, src_indices.shape, "[copies]", dst_pool.device, INTEGER)
     check_tensor("dst_indices", dst_indices, src_indices.shape, "[copies], like src_indices", dst_pool.device, INTEGER)

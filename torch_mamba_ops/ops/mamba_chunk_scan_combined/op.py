@@ -134,5 +134,9 @@ def mamba_chunk_scan_combined(
             "state_dtype": state_dtype,
         },
     )
-    results = (out, *((final_states,) if return_final_states else ()), *((varlen_states,) if return_varlen_states else ()))
+    results = (
+        out,
+        *((final_states,) if return_final_states else ()),
+        *((varlen_states,) if return_varlen_states else ()),
+    )
     return results if len(results) > 1 else out

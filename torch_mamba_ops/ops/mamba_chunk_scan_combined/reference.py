@@ -56,4 +56,4 @@ def mamba_chunk_scan_combined(
     if initial is not None:
         start = initial.unsqueeze(1).expand(-1, chunks.first.shape[0], *one_state)
     y, ends = scan_chunks(x, step, A, B, C, chunks, start, seq_idx)
-    return finish(y.flatten(1, 2)[:, :length], x, D, z), ends[:, -1].to(dtype, copy=True), no_states
+    return finish(chunks.join(y, length), x, D, z), ends[:, -1].to(dtype, copy=True), no_states

@@ -69,7 +69,16 @@ CASES = (
     Case(
         "nemotron_h_8b_16_sequences",
         _Packed(
-            Scan(heads=128, head_dim=64, state=128, groups=8, chunk_size=128, dtype=torch.bfloat16, gate=False, sliced=True),
+            Scan(
+                heads=128,
+                head_dim=64,
+                state=128,
+                groups=8,
+                chunk_size=128,
+                dtype=torch.bfloat16,
+                gate=False,
+                sliced=True,
+            ),
             lengths=(512,) * 16,
             slots=tuple(range(16)),
             initial=(True,) * 16,

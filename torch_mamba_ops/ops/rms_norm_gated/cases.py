@@ -36,6 +36,10 @@ CASES = (
     Case("groups", _build((7,), 48, group_size=16, norm_before_gate=False), frozenset({"small", "opcheck", "grad"})),
     Case("bias_no_gate", _build((7,), 40, bias=True, gate=False), frozenset({"small"})),
     Case("bfloat16", _build((7,), 64, torch.bfloat16, bias=True), frozenset({"small"})),
-    Case("nemotron_h_8b", _build((64,), 8192, torch.bfloat16, group_size=1024, norm_before_gate=False), frozenset({"model"})),
+    Case(
+        "nemotron_h_8b",
+        _build((64,), 8192, torch.bfloat16, group_size=1024, norm_before_gate=False),
+        frozenset({"model"}),
+    ),
     Case("bamba_9b", _build((64,), 8192, torch.bfloat16, norm_before_gate=False), frozenset({"model"})),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,7 +89,9 @@ class _Shape:
                 arguments[name] = index(values)
         if self.buffer_rows is not None:
             steps = max(self.lengths) if self.lengths is not None else self.length or 1
-            arguments["intermediate_states_buffer"] = normal(self.slots, steps + 1, *channels, self.state, dtype=self.state_dtype)
+            arguments["intermediate_states_buffer"] = normal(
+                self.slots, steps + 1, *channels, self.state, dtype=self.state_dtype
+            )
         if self.disable:
             arguments["disable_state_update"] = True
         return arguments
@@ -137,14 +138,21 @@ CASES = (
         replace(_BASE, length=3, read=((7, 1, 0), (2, 3, -1), (4, 5, 6)), accepted=(1, 2, 0)),
         "opcheck",
     ),
-    _small("intermediate_states", replace(_BASE, length=3, read=_SLOTS, buffer_rows=(4, -1, 0), disable=True), "opcheck"),
+    _small(
+        "intermediate_states", replace(_BASE, length=3, read=_SLOTS, buffer_rows=(4, -1, 0), disable=True), "opcheck"
+    ),
     _small("packed", _PACKED, "opcheck"),
     _small("packed_no_slots", replace(_PACKED, read=None, slots=3)),
     _small("packed_padding_untied", replace(_PACKED, read=(7, 2, -1), tied=False)),
     _small("packed_intermediate", replace(_PACKED, buffer_rows=(4, 3, 0))),
     _small(
         "packed_accepted",
-        replace(_PACKED, read=((7, 1, 0), (2, 3, 4), (8, 5, 6)), accepted=(2, 1, 3), write=((7, 1, 0), (2, 3, 4), (8, -1, 6))),
+        replace(
+            _PACKED,
+            read=((7, 1, 0), (2, 3, 4), (8, 5, 6)),
+            accepted=(2, 1, 3),
+            write=((7, 1, 0), (2, 3, 4), (8, -1, 6)),
+        ),
     ),
     _small("mamba1_packed", replace(_MAMBA1, lengths=(1, 3, 2), read=_SLOTS)),
     Case("nemotron_h_8b", replace(_HEADS_64, heads=128, groups=8), frozenset({"model"})),

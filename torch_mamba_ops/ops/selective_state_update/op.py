@@ -117,7 +117,9 @@ def selective_state_update(
     check_tensor("x", x, (*tokens, *channels), "[tokens, heads, head_dim], like the state", device)
     per_step = tuple(channels[:1]) if tied else tuple(channels)
     check_tensor("dt", dt, (*tokens, *per_step), "[tokens, heads]" if tied else "[tokens, heads, head_dim]", device)
-    check_tensor("A", A, per_step if tied else (*per_step, size), "[heads]" if tied else "[heads, head_dim, state]", device)
+    check_tensor(
+        "A", A, per_step if tied else (*per_step, size), "[heads]" if tied else "[heads, head_dim, state]", device
+    )
     check_rank("B", B, (len(tokens) + len(channels),), "[tokens, groups, state]")
     groups = tuple(B.shape[len(tokens) : -1])
     check_tensor("B", B, (*tokens, *groups, size), "[tokens, groups, state]", device)
@@ -138,9 +140,20 @@ def selective_state_update(
     )
     if intermediate_states_buffer is not None:
         length = max_seqlen if cu_seqlens is not None else tokens[1] if len(tokens) == 2 else 1
-        check_rank("intermediate_states_buffer", intermediate_states_buffer, (2 + len(inner),), "[rows, length, heads, head_dim, state]")
+        check_rank(
+            "intermediate_states_buffer",
+            intermediate_states_buffer,
+            (2 + len(inner),),
+            "[rows, length, heads, head_dim, state]",
+        )
         rows, steps = intermediate_states_buffer.shape[:2]
-        check_tensor("intermediate_states_buffer", intermediate_states_buffer, (rows, steps, *inner), "[rows, length, heads, head_dim, state]", device)
+        check_tensor(
+            "intermediate_states_buffer",
+            intermediate_states_buffer,
+            (rows, steps, *inner),
+            "[rows, length, heads, head_dim, state]",
+            device,
+        )
         if steps < length:
             raise ValueError(f"intermediate_states_buffer: got {steps} steps a row, expected at least {length}")
         if intermediate_state_indices is not None:
@@ -190,7 +203,9 @@ def _token_dims(x: Tensor, channel_dims: int, cu_seqlens: Tensor | None, max_seq
     if cu_seqlens is None:
         if max_seqlen is not None:
             raise ValueError(f"max_seqlen: got {max_seqlen} without cu_seqlens, expected both")
-        check_rank("x", x, (channel_dims + 1, channel_dims + 2), "[batch, heads, head_dim] or [batch, length, heads, head_dim]")
+        check_rank(
+            "x", x, (channel_dims + 1, channel_dims + 2), "[batch, heads, head_dim] or [batch, length, heads, head_dim]"
+        )
     else:
         check_rank("x", x, (channel_dims + 1,), "[total_tokens, heads, head_dim], with cu_seqlens")
         check_rank("cu_seqlens", cu_seqlens, (1,), "[batch + 1]")
@@ -211,7 +226,9 @@ def _check_slots_arguments(
 ) -> None:
     if read is None:
         if state.shape[0] != batch:
-            raise ValueError(f"state: got {state.shape[0]} slots, expected {batch}, one a sequence, without state_batch_indices")
+            raise ValueError(
+                f"state: got {state.shape[0]} slots, expected {batch}, one a sequence, without state_batch_indices"
+            )
         if write is not None or accepted is not None:
             given = "dst_state_batch_indices" if write is not None else "num_accepted_tokens"
             raise ValueError(f"{given}: given without state_batch_indices, expected both")

@@ -117,7 +117,9 @@ def _to_heads(grouped: Tensor, heads: int) -> Tensor:
     return grouped.unsqueeze(3).expand(-1, -1, -1, heads // groups, -1).flatten(2, 3)
 
 
-def _slots_to_read(slots: Tensor | None, accepted: Tensor | None, pad_slot_id: int) -> tuple[Tensor | None, Tensor | None]:
+def _slots_to_read(
+    slots: Tensor | None, accepted: Tensor | None, pad_slot_id: int
+) -> tuple[Tensor | None, Tensor | None]:
     if slots is None:
         return None, None
     if accepted is not None:

@@ -33,14 +33,16 @@ def causal_conv1d_update(
             outputs = out[int(query_start_loc[n]) : int(query_start_loc[n + 1])]
         else:
             tokens, outputs = (t[n].t() if x.dim() == 3 else t[n : n + 1] for t in (x, out))
-        if slot == pad_slot_id or not len(tokens):
+        if (conv_state_indices is not None and slot == pad_slot_id) or not len(tokens):
             continue
         old = conv_state[slot].clone()
         if num_accepted_tokens is not None:
-            first = int(num_accepted_tokens[n]) - 1
+            first = max(int(num_accepted_tokens[n]), 1) - 1
             window = old[:, first : first + width - 1]
         elif cache_seqlens is not None:
-            window = torch.stack([old[:, (int(cache_seqlens[n]) - back) % columns] for back in range(width - 1, 0, -1)], 1)
+            window = torch.stack(
+                [old[:, (int(cache_seqlens[n]) - back) % columns] for back in range(width - 1, 0, -1)], 1
+            )
         else:
             window = old[:, columns - (width - 1) :]
         inputs = window

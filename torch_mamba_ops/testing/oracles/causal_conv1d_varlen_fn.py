@@ -26,7 +26,7 @@ def causal_conv1d_varlen_fn(
     bounds = query_start_loc.tolist()
     for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         slot = n if cache_indices is None else int(cache_indices[n])
-        if begin == end or slot == pad_slot_id:
+        if begin == end or (cache_indices is not None and slot == pad_slot_id):
             continue
         known = has_initial_state is not None and bool(has_initial_state[n])
         window = conv_states[slot].clone() if known else torch.zeros_like(conv_states[slot])

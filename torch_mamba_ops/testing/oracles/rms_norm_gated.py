@@ -19,7 +19,9 @@ def rms_norm_gated(
     """See the public function."""
     if z is not None and not norm_before_gate:
         x = x * silu(z)
-    normed = [part / (part.pow(2).mean(-1, keepdim=True) + eps).sqrt() for part in x.split(group_size or x.shape[-1], -1)]
+    normed = [
+        part / (part.pow(2).mean(-1, keepdim=True) + eps).sqrt() for part in x.split(group_size or x.shape[-1], -1)
+    ]
     y = torch.cat(normed, -1) * weight
     if bias is not None:
         y = y + bias
