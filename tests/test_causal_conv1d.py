@@ -449,7 +449,7 @@ def _shapes(batch: int, length: int) -> dict[str, tuple[Callable[..., Any], Argu
     tokens = batch * length
     common: Arguments = {"weight": weight, "bias": bias, "activation": "silu"}
     dense: Arguments = {"x": torch.randn(batch, length, DIM).transpose(1, 2), **common}
-    several: Arguments = {**dense, "conv_state": torch.randn(50, DIM, WIDTH + 30), "conv_state_indices": slots}
+    several: Arguments = {**dense, "conv_state": torch.randn(50, DIM, WIDTH - 2 + 21), "conv_state_indices": slots}
     packed: Arguments = {
         **several,
         "x": torch.randn(tokens + 1, DIM),

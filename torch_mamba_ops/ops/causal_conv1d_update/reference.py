@@ -51,27 +51,33 @@ def causal_conv1d_update(
         token = token.clamp(min=0, max=length - 1).expand(batch, -1)
         return tokens.gather(1, token.unsqueeze(-1).expand(-1, -1, tokens.shape[2])).to(conv_state.dtype)
 
+    def first(count: int) -> Tensor:
+        return torch.arange(count, device=x.device)[None]
+
     lengths = length if layout.lengths is None else layout.lengths[:, None]
-    place = torch.arange(columns, device=x.device)[None]
-    history = torch.arange(width - 1, device=x.device)[None]
     if num_accepted_tokens is not None:
         accepted = num_accepted_tokens.long()[:, None].clamp(min=1)
-        before = columns_of(accepted - 1 + history)
-        token = place - (width - 2)
-        kept = columns_of(torch.where(token < 0, accepted + place, place))
-        new = torch.where(((token >= 0) & (token < lengths)).unsqueeze(-1), tokens_of(token), kept)
+        before = columns_of(accepted - 1 + first(width - 1))
+        if layout.lengths is None:
+            written = (first(columns) < width - 2 + length).unsqueeze(-1)
+            new = torch.where(written, torch.cat([before[:, 1:], tokens, old], 1)[:, :columns], old)
+        else:
+            place = first(columns)
+            token = place - (width - 2)
+            kept = columns_of(torch.where(token < 0, accepted + place, place))
+            new = torch.where(((token >= 0) & (token < lengths)).unsqueeze(-1), tokens_of(token), kept)
     elif cache_seqlens is not None:
         seen = cache_seqlens.long()[:, None]
-        before = columns_of((seen - (width - 1) + history) % columns)
-        token = (place - seen) % columns
+        before = columns_of((seen - (width - 1) + first(width - 1)) % columns)
+        token = (first(columns) - seen) % columns
         new = torch.where((token < lengths).unsqueeze(-1), tokens_of(token), old)
     else:
         before = old[:, columns - (width - 1) :]
         if layout.lengths is None:
             new = torch.cat([old, tokens], 1)[:, length:]
         else:
-            token = place + lengths - columns
-            new = torch.where((token >= 0).unsqueeze(-1), tokens_of(token), columns_of(place + lengths))
+            column = first(columns) + lengths
+            new = torch.where((column >= columns).unsqueeze(-1), tokens_of(column - columns), columns_of(column))
     new = new.transpose(1, 2)
 
     window = torch.cat([before, tokens], 1)
