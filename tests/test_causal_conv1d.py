@@ -1,7 +1,8 @@
-"""What the cases do not say about the causal convolutions: bad input, layouts, and that every way of cutting a text agrees."""
+"""What the cases do not say about the causal convolutions: bad input, layouts, every way of cutting a text agrees."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,7 @@ def _dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any
     return out
 
 
-# --- the same text, cut differently -------------------------------------------------------------------------------------
+# --- the same text, cut differently ---
 
 
 @pytest.mark.parametrize("columns", [WIDTH - 1, WIDTH, WIDTH + 3])
@@ -83,7 +84,7 @@ def test_packed_equals_dense_for_each_sequence_in_one_chunk_and_in_two(columns: 
         flags = torch.tensor([known and begin > 0 for begin, _ in cuts])
         options: Arguments = {"cache_indices": slots, "has_initial_state": flags, "activation": "silu"}
         out = tmo.causal_conv1d_varlen_fn(torch.cat(parts, 1), weight, bias, pool, starts, **options)
-        return [out[:, begin:end] for begin, end in zip(starts[:-1], starts[1:], strict=True)]
+        return [out[:, begin:end] for begin, end in itertools.pairwise(starts.tolist())]
 
     dirty = torch.randn(SLOTS, DIM, columns)  # an earlier request's states: they must not leak into new sequences
     whole, chunked = dirty.clone(), dirty.clone()
@@ -189,7 +190,7 @@ def test_no_accepted_token_counts_as_one() -> None:
     assert torch.equal(got, want) and torch.equal(zero, one)
 
 
-# --- layouts ------------------------------------------------------------------------------------------------------------
+# --- layouts ---
 
 
 def _layouts(values: Tensor) -> dict[str, Tensor]:
@@ -278,7 +279,7 @@ def _contiguous_result(x: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-# --- the dense convolution's options ------------------------------------------------------------------------------------
+# --- the dense convolution's options ---
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7])
@@ -331,7 +332,7 @@ def test_spellings_of_the_activation(function: str) -> None:
     assert torch.equal(none, false) and torch.equal(silu, swish) and torch.equal(silu, true)
     assert_close(silu, torch.nn.functional.silu(none))
     for wrong in ("relu", "SiLU", 2):
-        with pytest.raises(ValueError, match="activation: got .*'silu' or 'swish'"):
+        with pytest.raises(ValueError, match=r"activation: got .*'silu' or 'swish'"):
             call(wrong)
 
 
@@ -359,7 +360,7 @@ def test_gradients_of_an_argument_alone_and_twice(given: str) -> None:
     assert second.shape == leaf.shape and bool(second.isfinite().all())
 
 
-# --- nothing to do ------------------------------------------------------------------------------------------------------
+# --- nothing to do ---
 
 
 def test_no_tokens_and_no_sequences() -> None:
@@ -372,11 +373,8 @@ def test_no_tokens_and_no_sequences() -> None:
     before = pool.clone()
     none = torch.zeros(0, dtype=torch.int32)
     assert tmo.causal_conv1d_update(torch.zeros(0, DIM), pool, weight, conv_state_indices=none).shape == (0, DIM)
-    assert tmo.causal_conv1d_update(torch.zeros(2, DIM, 0), pool, weight, conv_state_indices=_ints(0, 1)).shape == (
-        2,
-        DIM,
-        0,
-    )
+    out = tmo.causal_conv1d_update(torch.zeros(2, DIM, 0), pool, weight, conv_state_indices=_ints(0, 1))
+    assert out.shape == (2, DIM, 0)
     packed: Arguments = {"query_start_loc": _ints(0), "max_query_len": 1, "conv_state_indices": none}
     assert tmo.causal_conv1d_update(torch.zeros(0, DIM), pool, weight, **packed).shape == (0, DIM)
     for starts, slots, tokens in (
@@ -439,7 +437,7 @@ def test_out_is_written_and_returned() -> None:
     assert torch.equal(out, want)
 
 
-# --- compiled -----------------------------------------------------------------------------------------------------------
+# --- compiled ---
 
 
 def _shapes(batch: int, length: int) -> dict[str, tuple[Callable[..., Any], Arguments]]:
@@ -491,20 +489,12 @@ def _shapes(batch: int, length: int) -> dict[str, tuple[Callable[..., Any], Argu
 
 def _mark(name: str, arguments: Arguments) -> None:
     """Batch and tokens are dynamic from the first call."""
-    for argument in (
-        "cache_seqlens",
-        "conv_state_indices",
-        "cache_indices",
-        "has_initial_state",
-        "num_accepted_tokens",
-    ):
-        if argument in arguments:
-            torch._dynamo.mark_dynamic(arguments[argument], 0)
-    x = arguments["x"]
-    for dim in {"dense": (0, 2), "one token": (0,), "packed": (1,), "packed step": (0,), "packed accepted": (0,)}.get(
-        name, (0, 2)
-    ):
-        torch._dynamo.mark_dynamic(x, dim)
+    for per_sequence in ("cache_seqlens", "conv_state_indices", "cache_indices", "has_initial_state"):
+        if per_sequence in arguments:
+            torch._dynamo.mark_dynamic(arguments[per_sequence], 0)
+    dims = {"packed": (1,), "one token": (0,), "packed step": (0,), "packed accepted": (0,)}.get(name, (0, 2))
+    for dim in dims:
+        torch._dynamo.mark_dynamic(arguments["x"], dim)
 
 
 @pytest.mark.parametrize("name", list(_shapes(2, 2)))
@@ -548,7 +538,7 @@ def test_the_pool_is_updated_in_place_and_never_cloned(name: str) -> None:
     assert not [line for line in wrapper.splitlines() if "= empty_strided_cpu(" in line and shape in line]
 
 
-# --- bad input ----------------------------------------------------------------------------------------------------------
+# --- bad input ---
 
 GOOD: dict[str, Callable[[], Arguments]] = {
     "causal_conv1d_fn": lambda: {
@@ -749,7 +739,7 @@ BAD: list[tuple[str, Arguments, type[Exception], tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(
-    ("function", "wrong", "error", "told"), BAD, ids=[f"{f}-{'-'.join(w)}-{i}" for i, (f, w, _, _) in enumerate(BAD)]
+    ("function", "wrong", "error", "told"), BAD, ids=[f"{i}-{'-'.join((f, *w))}" for i, (f, w, _, _) in enumerate(BAD)]
 )
 def test_bad_input_is_named_with_what_is_expected_and_nothing_is_written(
     function: str, wrong: Arguments, error: type[Exception], told: tuple[str, ...]

@@ -60,8 +60,8 @@ def causal_conv1d_fn(
         backend: the backend's name; None: as chosen by context, process, environment or automatically.
 
     Returns:
-        out ``[batch, dim, length]`` in x's dtype and memory layout; or (out, final_states) with ``[batch, dim, width - 1]``
-        in x's dtype.
+        out ``[batch, dim, length]`` in x's dtype and memory layout; or (out, final_states) with ``[batch, dim,
+        width - 1]`` in x's dtype.
 
     Raises:
         ValueError: a shape, device, width or activation is wrong.

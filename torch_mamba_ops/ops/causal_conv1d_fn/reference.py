@@ -30,7 +30,7 @@ def causal_conv1d_fn(
 
     def tap(i: int) -> Tensor:
         inputs = window.narrow(1, i, length)
-        if owner is None:
+        if owner is None or seq_idx is None:
             return inputs
         return torch.where((owner.narrow(1, i, length) == seq_idx).unsqueeze(-1), inputs, 0.0)
 

@@ -47,9 +47,9 @@ def causal_conv1d_update(
 
     Args:
         x: ``[batch, dim]``, ``[batch, dim, length]`` or, with query_start_loc, ``[total_tokens, dim]``.
-        conv_state: ``[slots, dim, columns]``, columns >= width - 1, newest last, any strides (dim or columns innermost);
-            the pool. The window is its last ``width - 1`` columns. Mutated: all columns shift by the number of new
-            tokens, which are appended.
+        conv_state: ``[slots, dim, columns]``, columns >= width - 1, newest last, any strides (dim or columns
+            innermost); the pool. The window is its last ``width - 1`` columns. Mutated: all columns shift by the number
+            of new tokens, which are appended.
         weight: ``[dim, width]``, width 2 to 6.
         bias: ``[dim]``.
         activation: None, or ``"silu"`` (also ``"swish"``).
@@ -70,8 +70,8 @@ def causal_conv1d_update(
         Shaped like x, in its dtype and memory layout; never x itself.
 
     Raises:
-        ValueError: a shape, device, width, slot or activation is wrong, ``out`` overlaps an input, or options exclude each
-            other.
+        ValueError: a shape, device, width, slot or activation is wrong, ``out`` overlaps an input, or options exclude
+            each other.
         TypeError: a dtype is wrong.
         BackendError: the backend asked for is unknown or cannot run this call.
 

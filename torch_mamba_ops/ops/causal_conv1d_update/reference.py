@@ -87,7 +87,7 @@ def causal_conv1d_update(
     y = layout.unrows(y)
     out = torch.empty_like(x).copy_(y.transpose(1, 2) if x.dim() == 3 else y)
 
-    if conv_state_indices is None:
+    if valid is None:
         if layout.not_empty is not None:
             new = torch.where(layout.not_empty[:, None, None], new, conv_state)
         conv_state.copy_(new)

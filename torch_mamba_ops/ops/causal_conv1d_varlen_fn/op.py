@@ -45,11 +45,11 @@ def causal_conv1d_varlen_fn(
         x: ``[dim, total_tokens]``, any strides (channel last as well).
         weight: ``[dim, width]``, width 2 to 4.
         bias: ``[dim]``.
-        conv_states: ``[slots, dim, columns]``, columns >= width - 1, newest last, any strides (dim or columns innermost);
-            the pool. Its last ``width - 1`` columns are the inputs before the first. Mutated: every column shifts by the
-            sequence's length and its last inputs are appended.
-        query_start_loc: int ``[sequences + 1]``, the first token of each sequence. A sequence may have no token: its slot
-            is left alone. Tokens of no sequence get zero.
+        conv_states: ``[slots, dim, columns]``, columns >= width - 1, newest last, any strides (dim or columns
+            innermost); the pool. Its last ``width - 1`` columns are the inputs before the first. Mutated: every column
+            shifts by the sequence's length and its last inputs are appended.
+        query_start_loc: int ``[sequences + 1]``, the first token of each sequence. A sequence may have no token: its
+            slot is left alone. Tokens of no sequence get zero.
         cache_indices: int ``[sequences]``, the slot of each sequence; None: sequence i has slot i.
         has_initial_state: bool ``[sequences]``, whether the slot's window counts or zeros; None: zeros.
         activation: None, or ``"silu"`` (also ``"swish"``).

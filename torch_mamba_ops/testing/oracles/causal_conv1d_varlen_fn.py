@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def causal_conv1d_varlen_fn(
     width = weight.shape[1]
     out = torch.zeros_like(x)
     bounds = query_start_loc.tolist()
-    for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (begin, end) in enumerate(pairwise(bounds)):
         slot = n if cache_indices is None else int(cache_indices[n])
         if begin == end or (cache_indices is not None and slot == pad_slot_id):
             continue

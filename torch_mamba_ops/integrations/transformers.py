@@ -1,0 +1,203 @@
+"""Hugging Face transformers: models with Mamba layers or short convolutions use these operations.
+
+The modeling files look their operations up by module-level name at every call, so replacing those names works before
+and after a model is made, under torch.compile and torch.export, and can be taken back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import Tensor
+
+import torch_mamba_ops as ops
+
+SUPPORTED = ((5, 17), (5, 24))  # from, and up to but without
+
+_CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
+_MAMBA1 = (*_CONVOLUTIONS, "mamba_inner_fn", "mamba_selective_state_update", "mamba_selective_scan")
+_MAMBA2 = (
+    *_CONVOLUTIONS,
+    "mamba2_split_conv1d_scan_combined",
+    "mamba2_selective_state_update",
+    "mamba2_chunk_scan",
+)
+MODELS: dict[str, tuple[str, ...]] = {
+    "mamba": _MAMBA1,
+    "falcon_mamba": _MAMBA1,
+    "jamba": _MAMBA1,
+    "zamba": (*_CONVOLUTIONS, "mamba_selective_state_update", "mamba_selective_scan"),
+    "mamba2": _MAMBA2,
+    "bamba": _MAMBA2,
+    "falcon_h1": _MAMBA2,
+    "zamba2": _MAMBA2,
+    "nemotron_h": _MAMBA2,
+    "granitemoehybrid": _MAMBA2,
+    "lfm2": _CONVOLUTIONS,
+    "lfm2_moe": _CONVOLUTIONS,
+}
+
+_originals: dict[tuple[str, str], Any] = {}
+
+
+def enable() -> tuple[str, ...]:
+    """Makes the models of `MODELS` use these operations, in this process. Calling it again changes nothing.
+
+    Returns:
+        What is replaced, as ``model.function``.
+
+    Raises:
+        ImportError: transformers is missing, of another version than `SUPPORTED`, or lacks a function it should have.
+    """
+    _check_version()
+    if not _originals:
+        found = {model: importlib.import_module(f"transformers.models.{model}.modeling_{model}") for model in MODELS}
+        missing = [f"{m}.{name}" for m, names in MODELS.items() for name in names if not hasattr(found[m], name)]
+        if missing:
+            raise ImportError(f"transformers {version('transformers')} lacks {', '.join(missing)}")
+        for model, names in MODELS.items():
+            for name in names:
+                _originals[model, name] = getattr(found[model], name)
+                setattr(found[model], name, _REPLACEMENTS[name])
+    return tuple(f"{model}.{name}" for model, name in _originals)
+
+
+def disable() -> None:
+    """Gives the models their own functions back."""
+    for (model, name), original in _originals.items():
+        setattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), name, original)
+    _originals.clear()
+
+
+def enabled() -> bool:
+    """Whether the models use these operations."""
+    return bool(_originals)
+
+
+def _check_version() -> None:
+    try:
+        installed = version("transformers")
+    except PackageNotFoundError:
+        raise ImportError("transformers is not installed: pip install 'torch-mamba-ops[transformers]'") from None
+    low, high = SUPPORTED
+    if not low <= tuple(int(part) for part in installed.split(".")[:2]) < high:
+        wanted = f">={low[0]}.{low[1]},<{high[0]}.{high[1]}"
+        raise ImportError(f"transformers: got {installed}, expected {wanted}: pip install 'transformers{wanted}'")
+
+
+# The replacements below take what the models pass. `unused` are arguments of the model's forward that models hand down
+# to whatever kernel may want them, and switches between the models' own algorithms.
+
+
+def _causal_conv1d_fn(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    seq_idx: Tensor | None = None,
+    **unused: Any,
+) -> Tensor:
+    out = ops.causal_conv1d_fn(hidden_states, weight, bias, seq_idx=seq_idx, activation=activation)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _causal_conv1d_update(
+    hidden_states: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    return ops.causal_conv1d_update(hidden_states, conv_state, weight, bias, activation)
+
+
+def _selective_state_update(
+    state: Tensor,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    z: Tensor | None = None,
+    **unused: Any,
+) -> Tensor:
+    return ops.selective_state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
+
+
+def _mamba2_chunk_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    seq_idx: Tensor | None = None,
+    **unused: Any,
+) -> Any:
+    return ops.mamba_chunk_scan_combined(
+        hidden_states,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        initial_states=initial_states,
+        seq_idx=seq_idx,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        return_final_states=return_final_states,
+    )
+
+
+def _mamba_selective_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **unused: Any,
+) -> Any:
+    return ops.selective_scan_fn(
+        hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=return_last_state
+    )
+
+
+def _not_fused(*args: Any, **kwargs: Any) -> None:
+    """A layer's whole forward in one kernel: None tells the model to go on with the operations."""
+
+
+_REPLACEMENTS: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_fn": _causal_conv1d_fn,
+    "causal_conv1d_update": _causal_conv1d_update,
+    "mamba_inner_fn": _not_fused,
+    "mamba_selective_state_update": _selective_state_update,
+    "mamba_selective_scan": _mamba_selective_scan,
+    "mamba2_split_conv1d_scan_combined": _not_fused,
+    "mamba2_selective_state_update": _selective_state_update,
+    "mamba2_chunk_scan": _mamba2_chunk_scan,
+}
+
+__all__ = ["MODELS", "SUPPORTED", "disable", "enable", "enabled"]
