@@ -115,7 +115,9 @@ def _jamba() -> Any:
 
 def _lfm2() -> Any:
     kinds = ["conv", "full_attention", "conv"]
-    return hf.Lfm2Config(**_COMMON, **_ATTENTION, num_hidden_layers=3, layer_types=kinds, conv_L_cache=3, block_ff_dim=96)
+    return hf.Lfm2Config(
+        **_COMMON, **_ATTENTION, num_hidden_layers=3, layer_types=kinds, conv_L_cache=3, block_ff_dim=96
+    )
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {

@@ -44,7 +44,9 @@ class Decode(torch.nn.Module):
         self.filter = torch.nn.Parameter(torch.randn(H * P, 4))
         self.A = torch.nn.Parameter(-torch.rand(H) - 1)
 
-    def forward(self, conv: Tensor, state: Tensor, slots: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    def forward(
+        self, conv: Tensor, state: Tensor, slots: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor
+    ) -> Tensor:
         x = tmo.causal_conv1d_update(x, conv, self.filter, activation="silu", conv_state_indices=slots)
         return tmo.selective_state_update(
             state, x.unflatten(-1, (H, P)), dt, self.A, B, C, dt_softplus=True, state_batch_indices=slots
@@ -98,6 +100,21 @@ def test_prefill_with_a_dynamic_length(tmp_path: Path) -> None:
         for size, rows in ((2, 2), (16, 3), (77, 2)):
             inputs = _prefill(size, rows)
             torch.testing.assert_close(loaded(*inputs), model(*inputs), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.aoti
+@pytest.mark.gpu
+def test_packages_for_a_gpu(tmp_path: Path) -> None:
+    length = Dim("length", min=2, max=4096)
+    inputs = tuple(t.cuda() for t in _prefill(77))
+    shapes = tuple({1: length} for _ in range(4))
+    prefill = Prefill().cuda()
+    export.package(
+        prefill, tmp_path / "prefill.pt2", inputs, dynamic_shapes=shapes, verify=True, portable_compiler=True
+    )
+    states = (torch.randn(SLOTS, H * P, 3).cuda(), torch.randn(SLOTS, H, P, N).cuda())
+    step = tuple(t.cuda() for t in _step(4))
+    export.package(Decode().cuda(), tmp_path / "decode.pt2", (*states, *step), verify=True, portable_compiler=True)
 
 
 @pytest.mark.aoti
@@ -191,7 +208,11 @@ def test_other_results_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_portable_compiler_links_only_shared_libraries_symbolically() -> None:
     with export._portable_compiler():
         wrapper = torch._inductor.config.cpp.cxx[-1]
-        plain = subprocess.run([wrapper, "-###", "-c", "-x", "c++", "/dev/null"], capture_output=True, text=True, check=True)
-        shared = subprocess.run([wrapper, "-###", "-shared", "-x", "c++", "/dev/null"], capture_output=True, text=True, check=True)
+        plain = subprocess.run(
+            [wrapper, "-###", "-c", "-x", "c++", "/dev/null"], capture_output=True, text=True, check=True
+        )
+        shared = subprocess.run(
+            [wrapper, "-###", "-shared", "-x", "c++", "/dev/null"], capture_output=True, text=True, check=True
+        )
     assert "-fno-gnu-unique" in plain.stderr and "-Bsymbolic" not in plain.stderr
     assert "-fno-gnu-unique" in shared.stderr and "-Bsymbolic" in shared.stderr

@@ -86,6 +86,7 @@ class PackedChunks:
         sequence: int64 [chunks], the sequence of each chunk.
         last: int64 [sequences], the last chunk of each sequence.
         not_empty: bool [sequences].
+        sequence_of_token: int64 [tokens].
         chunk_of_token: int64 [tokens].
         place_of_token: int64 [tokens].
         covered: bool [tokens], whether the token belongs to a sequence.
@@ -95,6 +96,7 @@ class PackedChunks:
     sequence: Tensor
     last: Tensor
     not_empty: Tensor
+    sequence_of_token: Tensor
     chunk_of_token: Tensor
     place_of_token: Tensor
     covered: Tensor
@@ -125,6 +127,7 @@ def packed_chunks(cu_seqlens: Tensor, tokens: int, chunk_size: int, num_computed
         sequence=sequence,
         last=(ends - 1).clamp(min=0),
         not_empty=lengths > 0,
+        sequence_of_token=of_token,
         chunk_of_token=begins[of_token] + shifted // chunk_size,
         place_of_token=shifted % chunk_size,
         covered=covered,

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from torch_mamba_ops.dispatch import register_backend
-from torch_mamba_ops.ops.packing import sequence_of_token
 from torch_mamba_ops.ops.pool import safe_index, write_rows
 from torch_mamba_ops.ops.ssd import finish, packed_scan, step_sizes
 
@@ -37,25 +36,20 @@ def mamba_chunk_scan_combined_varlen(
     sequences = cu_seqlens.shape[0] - 1
     if x.shape[0] == 0 or sequences == 0:
         return torch.zeros_like(x, memory_format=torch.contiguous_format)
-    slots, valid = state_indices, None
-    if states is not None:
-        slots = torch.arange(sequences, device=x.device) if slots is None else slots
-        valid = slots != pad_slot_id
-        index = safe_index(slots, valid, states.shape[0])
+    if state_indices is None:
+        index = torch.arange(sequences, device=x.device)
+        valid = torch.ones_like(index, dtype=torch.bool)
+    else:
+        valid = state_indices != pad_slot_id
+        index = safe_index(state_indices, valid, sequences if states is None else states.shape[0])
     initial = None
     if states is not None and has_initial_state is not None:
         initial = torch.where((has_initial_state & valid).view(-1, 1, 1, 1), states[index].float(), 0.0)
 
     step = step_sizes(dt, dt_bias, dt_softplus, dt_min, dt_max)
-    row = (t.unsqueeze(0) for t in (x, step))
-    y, last, packed = packed_scan(
-        *row, A, B.unsqueeze(0), C.unsqueeze(0), cu_seqlens, chunk_size, initial, num_computed_tokens
-    )
-    covered = packed.covered
-    if states is not None:
-        sequence, _, _ = sequence_of_token(cu_seqlens, x.shape[0])
-        covered = covered & valid[sequence]
-    out = finish(y[0], x, D, z, covered)
+    row = x.unsqueeze(0), step.unsqueeze(0), A, B.unsqueeze(0), C.unsqueeze(0)
+    y, last, packed = packed_scan(*row, cu_seqlens, chunk_size, initial, num_computed_tokens)
+    out = finish(y[0], x, D, z, packed.covered & valid[packed.sequence_of_token])
     if states is not None:
         write_rows(states, (index,), last, valid & packed.not_empty)
     return out

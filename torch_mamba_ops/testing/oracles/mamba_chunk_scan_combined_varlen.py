@@ -35,7 +35,7 @@ def mamba_chunk_scan_combined_varlen(
     bounds = cu_seqlens.tolist()
     for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         slot = n if state_indices is None else int(state_indices[n])
-        if begin == end or (states is not None and slot == pad_slot_id):
+        if begin == end or (state_indices is not None and slot == pad_slot_id):
             continue
         h = x.new_zeros(*x.shape[1:], B.shape[-1])
         if states is not None and has_initial_state is not None and has_initial_state[n]:
