@@ -49,7 +49,9 @@ def _forward(model: Any, ids: Tensor, cache: Any, start: int = 0) -> Tensor:
     accepted = inspect.signature(model.forward).parameters
     given = {"past_key_values" if "past_key_values" in accepted else "cache_params": cache, "use_cache": True}
     if "position_ids" in accepted:
-        given["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None].expand(ids.shape[0], -1)
+        given["position_ids"] = torch.arange(start, start + ids.shape[1], device=ids.device)[None].expand(
+            ids.shape[0], -1
+        )
     logits: Tensor = model(ids, **given).logits
     return logits
 

@@ -151,8 +151,23 @@ def _portable_compiler() -> Iterator[None]:
             f'exec {compiler} -fno-gnu-unique "$@"\n'
         )
         wrapper.chmod(0o755)
-        with torch._inductor.config.patch({"cpp.cxx": (None, str(wrapper))}):
-            yield
+        before = os.environ.get("CXX")
+        os.environ["CXX"] = str(wrapper)
+        _forget_compiler()
+        try:
+            with torch._inductor.config.patch({"cpp.cxx": (None, str(wrapper))}):
+                yield
+        finally:
+            os.environ.pop("CXX") if before is None else os.environ.update(CXX=before)
+            _forget_compiler()
+
+
+def _forget_compiler() -> None:
+    """Inductor remembers the compiler it found; with torch 2.11 on an H200 a patched config alone changed nothing."""
+    from torch._inductor import cpp_builder
+
+    for search in (cpp_builder.get_cpp_compiler, cpp_builder.cpp_compiler_search):
+        getattr(search, "cache_clear", lambda: None)()
 
 
 _Results = tuple[list[Any], Any, Any]  # outputs, and the arguments as the call left them

@@ -151,14 +151,13 @@ def _conformed(op: Op, name: str, output: Any, expected: torch.Tensor, inputs: S
     if any(output is tensor for tensor in inputs):
         raise BackendError(f"{op.name}: backend {name!r} returned one of its inputs; return a new tensor")
     if output.stride() != expected.stride():
-        output = torch.empty_strided(expected.shape, expected.stride(), dtype=output.dtype, device=output.device).copy_(
-            output
-        )
+        kept = torch.empty_strided(expected.shape, expected.stride(), dtype=output.dtype, device=output.device)
+        return kept.copy_(output)
     return output
 
 
 def entry_points() -> None:
-    """Loads third-party backends: each entry point of ``torch_mamba_ops.backends`` is a function that registers some."""
+    """Loads third-party backends: an entry point of ``torch_mamba_ops.backends`` is a function that registers some."""
     import logging
     import os
     from importlib.metadata import entry_points as installed

@@ -1,4 +1,4 @@
-"""Stochastic rounding to 16-bit floats with Philox-4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3")."""
+"""Stochastic rounding to 16-bit floats with Philox-4x32 (Salmon et al., "Parallel random numbers", 2011)."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def _blocked(log_decay: Tensor, update: Tensor, levels: int) -> Tensor:
     blocks = length // _BLOCK + 2  # at least two, so that no graph is specialised on a single block
     token = torch.arange(blocks * _BLOCK, device=update.device)
     missing = token >= length
-    token = token.clamp(max=length - 1)
+    token = token % length  # any token will do; Inductor for GPUs cannot index by a clamp (torch 2.11)
 
     def split(tensor: Tensor) -> Tensor:
         padded = torch.where(missing.view(-1, *([1] * (tensor.dim() - 2))), 0.0, tensor[:, token])

@@ -1,6 +1,6 @@
-"""The state space dual form over chunks of tokens: matrix products inside a chunk, a short recurrence between chunks.
+"""The state space dual form over chunks of tokens: products inside a chunk, a short recurrence between chunks.
 
-Dao and Gu, "Transformers are SSMs" (2024), section 6. Dense and packed batches differ only in which tokens make a chunk.
+Dao and Gu, "Transformers are SSMs" (2024), section 6. Dense and packed batches differ only in what makes a chunk.
 """
 
 from __future__ import annotations
@@ -55,6 +55,13 @@ class Chunks:
         if self.token is None:
             return tensor.unflatten(1, (-1, self.size))
         return tensor[:, self.token]
+
+    def values(self, tensor: Tensor) -> Tensor:
+        """`split`, with zero where there is no token: the token gathered there may be another sequence's, or a NaN."""
+        places = self.split(tensor)
+        if self.present is None:
+            return places
+        return torch.where(self.present.view(*self.present.shape, *([1] * (tensor.dim() - 2))), places, 0.0)
 
     def join(self, places: Tensor, length: int) -> Tensor:
         """[rows, chunks, places, ...] -> [rows, length, ...], for chunks that stand in the order of the tokens."""
@@ -165,18 +172,19 @@ def scan_chunks(
     per_group = heads // groups
 
     # r row, c chunk, g group, h head of the group; q and k are places, p head_dim, n state.
-    xs = chunks.split(x).float().unflatten(-2, (groups, per_group)).permute(0, 1, 3, 4, 2, 5)  # r c g h k p
-    Bs, Cs = (chunks.split(t).float().transpose(2, 3) for t in (B, C))  # r c g k n
-    steps = chunks.split(step)
-    if chunks.present is not None:
-        steps = torch.where(chunks.present[..., None], steps, 0.0)
-    steps = steps.movedim(2, -1).unflatten(2, (groups, per_group))  # r c g h k
-    decay = (steps * A.float().view(groups, per_group, 1)).cumsum(-1)  # log decay from the chunk's start
+    xs = chunks.values(x).float().unflatten(-2, (groups, per_group)).permute(0, 1, 3, 4, 2, 5)  # r c g h k p
+    Bs, Cs = (chunks.values(t).float().transpose(2, 3) for t in (B, C))  # r c g k n
+    steps = chunks.values(step).movedim(2, -1).unflatten(2, (groups, per_group))  # r c g h k
+    # Log decay from the chunk's start, as a float32 and what that rounds off: between two tokens it is a difference of
+    # two sums that can be much larger. Wanted in float64 only here, where it is a number a token and head.
+    exact = (steps.double() * A.double().view(groups, per_group, 1)).cumsum(-1)
+    decay = exact.float()
+    rest = (exact - decay).float().detach()
     total = decay[..., -1]
 
     place = torch.arange(chunks.size, device=x.device)
     visible = place[:, None] >= place
-    to_end = total[..., None] - decay
+    to_end = (total[..., None] - decay) + (rest[..., -1:] - rest)
     from_before = decay
     if sequence is not None:
         owner = chunks.split(sequence)  # r c k
@@ -189,7 +197,8 @@ def scan_chunks(
 
     # Inside a chunk: masked attention with the decay between two places as its weight.
     scores = Cs @ Bs.transpose(-1, -2)  # r c g q k
-    between = torch.exp(torch.where(visible, decay[..., :, None] - decay[..., None, :], -torch.inf))
+    apart = (decay[..., :, None] - decay[..., None, :]) + (rest[..., :, None] - rest[..., None, :])
+    between = torch.exp(torch.where(visible, apart, -torch.inf))
     y = (scores.unsqueeze(3) * between * steps[..., None, :]) @ xs  # r c g h q p
 
     # What a chunk adds to the state: one product a group, [h p, k] x [k, n].
@@ -200,11 +209,7 @@ def scan_chunks(
         entering = torch.where(chunks.first.view(1, -1, 1, 1, 1, 1), begin, 0.0)
         added = added + torch.exp(total)[..., None, None] * entering
 
-    # Between chunks: h[i] = sum over j <= i of decay(j to i) added[j], one product with a [chunks, chunks] matrix.
-    passed = torch.where(chunks.first.view(1, -1, 1, 1), -torch.inf, total).permute(0, 2, 3, 1)  # r g h c
-    transfer = torch.exp(segment_sum(passed)).transpose(-1, -2)  # r g h to from
-    ends = (transfer @ added.permute(0, 2, 3, 1, 4, 5).flatten(4, 5)).unflatten(4, (head_dim, state))
-    ends = ends.permute(0, 3, 1, 2, 4, 5)  # r c g h p n
+    ends = _pass_between(added, total, chunks.first)
     before = torch.where(chunks.first.view(1, -1, 1, 1, 1, 1), 0.0 if start is None else begin, ends.roll(1, 1))
 
     # What the state before a chunk gives its places: one product a group, [q, n] x [n, h p].
@@ -212,6 +217,31 @@ def scan_chunks(
     given = given.unflatten(4, (per_group, head_dim)).transpose(3, 4)  # r c g h q p
     y = y + given * torch.exp(from_before)[..., None]
     return y.permute(0, 1, 4, 2, 3, 5).flatten(3, 4), ends.flatten(2, 3)
+
+
+def _pass_between(added: Tensor, total: Tensor, first: Tensor) -> Tensor:
+    """States at the end of each chunk: ``h[i] = sum over j <= i of decay(j to i) added[j]``, j in the sequence of i.
+
+    One product with a [chunks, chunks] matrix, which is zero between sequences. Zero times NaN is NaN, so what is not
+    finite is left out of the product; it makes its head NaN from there on in its own sequence, and spoils no other.
+
+    Args:
+        added: ``[rows, chunks, groups, heads a group, head_dim, state]``, what each chunk adds.
+        total: ``[rows, chunks, groups, heads a group]``, log decay over each chunk.
+        first: bool ``[chunks]``, whether a chunk is the first of its sequence.
+
+    Returns:
+        like ``added``.
+    """
+    sequence = first.cumsum(-1)
+    chunk = torch.arange(first.shape[0], device=first.device)
+    linked = (sequence[:, None] == sequence) & (chunk[:, None] >= chunk)  # to from
+    decay = torch.exp(segment_sum(total.movedim(1, -1))).transpose(-1, -2)  # r g h to from
+    finite = added.isfinite()
+    kept = torch.where(finite, added, 0.0).movedim(1, 3)  # r g h c p n
+    ends = torch.where(linked, decay, 0.0) @ kept.flatten(4, 5)
+    spoiled = (linked & ~finite.flatten(4, 5).all(-1).movedim(1, -1)[..., None, :]).any(-1, keepdim=True)
+    return torch.where(spoiled, torch.nan, ends).unflatten(4, added.shape[4:]).movedim(3, 1)
 
 
 def packed_scan(

@@ -30,7 +30,7 @@ def cases(op: str, tag: str = "small") -> list[Case]:
 def oracle(op: str) -> Callable[..., Any]:
     """The operation's sequential recurrence; it computes in the dtype of what it is given."""
     module = importlib.import_module(f"torch_mamba_ops.testing.oracles.{operation(op).name}")
-    return getattr(module, op)  # type: ignore[no-any-return]
+    return getattr(module, op)
 
 
 def build(case: Case, device: str | torch.device = "cpu", seed: int = 0) -> Arguments:
@@ -50,7 +50,7 @@ def copied(arguments: Arguments, dtype: torch.dtype | None = None) -> Arguments:
             made[id(value)] = _copy_tensor(value, dtype if dtype is not None and value.is_floating_point() else None)
         return made[id(value)]
 
-    return tree_map(copy, arguments)  # type: ignore[no-any-return]
+    return tree_map(copy, arguments)
 
 
 def _copy_tensor(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -199,7 +199,8 @@ def _assert_close(what: str, actual: Tensor, exact: Tensor, error: float) -> Non
     allowed = rounding + ERROR_BUDGET * max(error, torch.finfo(torch.float32).eps * scale)
     difference = (actual.double() - exact).abs()
     wrong = ~(difference <= allowed) & ~exact.isnan()  # NaN is wrong where it was not put by `poison_unused_rows`
+    worst = float(difference.nan_to_num(torch.inf).max())
     assert not bool(wrong.any()), (
-        f"{what}: {int(wrong.sum())} of {wrong.numel()} elements are off; worst {float(difference.nan_to_num(float('inf')).max()):.3e}, "
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} elements are off; worst {worst:.3e}, "
         f"allowed {float(allowed.nan_to_num(0.0).max()):.3e}"
     )

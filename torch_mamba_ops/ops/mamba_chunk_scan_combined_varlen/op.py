@@ -77,7 +77,7 @@ def mamba_chunk_scan_combined_varlen(
         states: ``[slots, heads, head_dim, state]``, float, any strides; the pool. Mutated: each sequence's slot
             receives its last state.
         state_indices: int ``[sequences]``, the slot of each sequence; None: sequence i has slot i.
-        has_initial_state: bool ``[sequences]``, whether a sequence starts from its slot's state or from zero; None: zero.
+        has_initial_state: bool ``[sequences]``, whether a sequence starts from its slot's state; None: from zero.
         num_computed_tokens: int ``[sequences]``, tokens of each sequence that came before, so that chunks begin at the
             same positions however a prompt is cut.
         pad_slot_id: a sequence with this slot touches no state and its output is zero.

@@ -55,7 +55,8 @@ def rms_norm_gated(
         ValueError: a shape or device is wrong, or the groups do not divide the channels.
         TypeError: a dtype is wrong.
 
-    Paper: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); Dao and Gu, "Transformers are SSMs" (2024).
+    Papers: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); Dao and Gu, "Transformers are SSMs"
+    (2024).
     """
     check_dtype("x", x)
     channels = x.shape[-1]

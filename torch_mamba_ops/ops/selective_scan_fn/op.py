@@ -14,8 +14,8 @@ def _fake(u: Tensor, delta: Tensor, A: Tensor, *tensors: Tensor | None, **option
 
 
 OP = Op(
-    "selective_scan_fn(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, *, "
-    "bool delta_softplus, str backend) -> (Tensor out, Tensor last_state)",
+    "selective_scan_fn(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "*, bool delta_softplus, str backend) -> (Tensor out, Tensor last_state)",
     fake=_fake,
     auto=("reference",),
     differentiable=True,
@@ -56,7 +56,8 @@ def selective_scan_fn(
         backend: the backend's name; None: as chosen by context, process, environment or automatically.
 
     Returns:
-        out ``[batch, dim, length]`` in u's dtype, contiguous; or (out, last_state) with ``[batch, dim, state]`` float32.
+        out ``[batch, dim, length]`` in u's dtype, contiguous; or (out, last_state), the latter
+        ``[batch, dim, state]`` float32.
 
     Raises:
         ValueError: a shape or device is wrong.

@@ -106,7 +106,7 @@ def selective_state_update(
     """
     check_rank("state", state, (3, 4), "[slots, dim, state] or [slots, heads, head_dim, state]")
     device = state.device
-    slots, *inner = state.shape
+    inner = state.shape[1:]
     channels, size = inner[:-1], inner[-1]
     if state.dim() == 4:
         A, dt, dt_bias, D = _tied(A, dt, dt_bias, D)
@@ -139,7 +139,7 @@ def selective_state_update(
         state, batch, state_batch_indices, dst_state_batch_indices, num_accepted_tokens, pad_slot_id, device
     )
     if intermediate_states_buffer is not None:
-        length = max_seqlen if cu_seqlens is not None else tokens[1] if len(tokens) == 2 else 1
+        length = max_seqlen if max_seqlen is not None else tokens[1] if len(tokens) == 2 else 1
         check_rank(
             "intermediate_states_buffer",
             intermediate_states_buffer,

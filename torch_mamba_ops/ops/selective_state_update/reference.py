@@ -46,10 +46,14 @@ def selective_state_update(
     if state.dim() == 3:  # Mamba1 is Mamba2 with one head whose channels differ in A and dt
         one_head = selective_state_update(
             state.unsqueeze(1),
-            *(t if t is None else t.unsqueeze(-2) for t in (x, dt)),
+            x.unsqueeze(-2),
+            dt.unsqueeze(-2),
             A.unsqueeze(0),
-            *(t.unsqueeze(-2) for t in (B, C)),
-            *(t if t is None else t.unsqueeze(-2) for t in (D, z, dt_bias)),
+            B.unsqueeze(-2),
+            C.unsqueeze(-2),
+            None if D is None else D.unsqueeze(-2),
+            None if z is None else z.unsqueeze(-2),
+            None if dt_bias is None else dt_bias.unsqueeze(-2),
             state_batch_indices,
             dst_state_batch_indices,
             cu_seqlens,
@@ -80,7 +84,7 @@ def selective_state_update(
     to_state, from_state = (_to_heads(tokens.rows(t).float(), x.shape[-2]).unsqueeze(-2) for t in (B, C))
 
     read, valid = _slots_to_read(state_batch_indices, num_accepted_tokens, pad_slot_id)
-    initial = state if read is None else state[safe_index(read, valid, state.shape[0])]
+    initial = state if read is None or valid is None else state[safe_index(read, valid, state.shape[0])]
     log_decay = step[..., None] * A.float()
     update = (step * inputs)[..., None] * to_state
     states = _states(log_decay, update, initial.float())
@@ -90,7 +94,7 @@ def selective_state_update(
         y = y + (D[:, None] if D.dim() == 1 else D).float() * inputs
     if z is not None:
         y = y * silu(tokens.rows(z).float())
-    if read is not None:
+    if valid is not None:
         y = torch.where(valid[:, None, None, None], y, 0.0)
     out = tokens.unrows(y).to(x.dtype)
 
@@ -162,22 +166,21 @@ def _write(
     rounded: Rounding,
 ) -> None:
     batch, length = states.shape[:2]
-    if slots is not None and slots.dim() == 2:  # a slot for the state after each token
+    if slots is None or valid is None:
+        values = rounded(tokens.last(states), torch.arange(batch, device=state.device))
+        if tokens.not_empty is not None:
+            values = torch.where(tokens.not_empty[:, None, None, None], values.to(state.dtype), state)
+        state.copy_(values)
+        return
+    if slots.dim() == 2:  # a slot for the state after each token
         columns = min(length, slots.shape[1])
-        slots, states = slots[:, :columns], states[:, :columns]
-        wanted = tokens.steps_present((slots != pad_slot_id) & valid[:, None])[:, :columns].flatten()
-        slots, states = slots.flatten(), states.flatten(0, 1)
+        slots, states = slots[:, :columns], states[:, :columns].flatten(0, 1)
+        wanted = tokens.steps_present((slots != pad_slot_id) & valid[:, None]).flatten()
+        slots = slots.flatten()
     else:
         states = tokens.last(states)
-        wanted = tokens.not_empty
-        if slots is not None:
-            here = (slots != pad_slot_id) & valid
-            wanted = here if wanted is None else here & wanted
-    if slots is None:
-        values = rounded(states, torch.arange(batch, device=state.device))
-        if wanted is not None:
-            values = torch.where(wanted[:, None, None, None], values.to(state.dtype), state)
-        state.copy_(values)
-    else:
-        index = safe_index(slots, wanted, state.shape[0])
-        write_rows(state, (index,), rounded(states, index), wanted)
+        wanted = (slots != pad_slot_id) & valid
+        if tokens.not_empty is not None:
+            wanted = wanted & tokens.not_empty
+    index = safe_index(slots, wanted, state.shape[0])
+    write_rows(state, (index,), rounded(states, index), wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -67,19 +68,17 @@ def mamba_chunk_scan_combined(
             changes = [t for t in range(1, x.shape[1]) if seq_idx[r, t] != seq_idx[r, t - 1]]
             bounds = [0, *changes, x.shape[1]]
         h, pieces = zero, []
-        for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for i, (begin, end) in enumerate(pairwise(bounds)):
             start = initial_states[r] if initial_states is not None and i == 0 else zero
             gate = None if z is None else z[r, begin:end]
-            tokens = (t[r, begin:end] for t in (x, dt))
-            y, last = recurrence(
-                start, *tokens, A, B[r, begin:end], C[r, begin:end], D, gate, dt_bias, dt_softplus, dt_limit
-            )
+            tokens = x[r, begin:end], dt[r, begin:end], A, B[r, begin:end], C[r, begin:end]
+            y, last = recurrence(start, *tokens, D, gate, dt_bias, dt_softplus, dt_limit)
             pieces.append(y)
             varlen.append(last)
             h = last if end > begin else h
         rows.append(torch.cat(pieces))
         finals.append(h)
-    results = (torch.stack(rows),)
+    results: tuple[Tensor, ...] = (torch.stack(rows),)
     results += (torch.stack(finals),) if return_final_states else ()
     results += (torch.stack(varlen),) if return_varlen_states else ()
     return results if len(results) > 1 else results[0]

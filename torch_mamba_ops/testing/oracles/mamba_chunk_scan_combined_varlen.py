@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def mamba_chunk_scan_combined_varlen(
     """See the public function."""
     out = torch.zeros_like(x)
     bounds = cu_seqlens.tolist()
-    for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (begin, end) in enumerate(pairwise(bounds)):
         slot = n if state_indices is None else int(state_indices[n])
         if begin == end or (state_indices is not None and slot == pad_slot_id):
             continue
@@ -41,10 +42,8 @@ def mamba_chunk_scan_combined_varlen(
         if states is not None and has_initial_state is not None and has_initial_state[n]:
             h = states[slot]
         gate = None if z is None else z[begin:end]
-        tokens = (t[begin:end] for t in (x, dt))
-        out[begin:end], h = recurrence(
-            h, *tokens, A, B[begin:end], C[begin:end], D, gate, dt_bias, dt_softplus, dt_limit
-        )
+        tokens = x[begin:end], dt[begin:end], A, B[begin:end], C[begin:end]
+        out[begin:end], h = recurrence(h, *tokens, D, gate, dt_bias, dt_softplus, dt_limit)
         if states is not None:
             states[slot] = h
     return out

@@ -74,7 +74,8 @@ def selective_state_update(
             h, out[index] = token(index, h)
             if intermediate_states_buffer is not None and row != pad_slot_id:
                 intermediate_states_buffer[row, i] = h
-            if disable_state_update or (not by_token and i + 1 < len(tokens)) or (by_token and i >= write.shape[1]):
+            last_column = write.shape[1] if write is not None and by_token else len(tokens)
+            if disable_state_update or (not by_token and i + 1 < len(tokens)) or i >= last_column:
                 continue
             slot = _slot(write, n, i)
             if slot != pad_slot_id:
