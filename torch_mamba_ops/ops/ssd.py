@@ -168,7 +168,7 @@ def scan_chunks(
         float32 ``[rows, chunks, places, heads, head_dim]`` and ``[rows, chunks, heads, head_dim, state]``.
     """
     heads, head_dim = x.shape[-2:]
-    groups, state = B.shape[-2:]
+    groups = B.shape[-2]
     per_group = heads // groups
 
     # r row, c chunk, g group, h head of the group; q and k are places, p head_dim, n state.
@@ -266,7 +266,7 @@ def packed_scan(
             chunk size counted from there.
 
     Returns:
-        float32 outputs ``[1, tokens, heads, head_dim]``, arbitrary for tokens of no sequence; states after each sequence,
+        float32 outputs ``[1, tokens, heads, head_dim]``, arbitrary for tokens of no sequence; states after each one,
         ``[sequences, heads, head_dim, state]`` (of empty ones the initial, or arbitrary without); and the chunks.
     """
     packed = packed_chunks(cu_seqlens, x.shape[1], chunk_size, num_computed_tokens)

@@ -74,7 +74,8 @@ def mamba_chunk_scan_combined(
 
     .. math::
         h_t = e^{\Delta_t A} h_{t-1} + \Delta_t\, x_t \otimes B_t, \qquad
-        y_t = (h_t C_t + D x_t) \cdot \mathrm{silu}(z_t), \qquad \Delta = \mathrm{clamp}(\mathrm{softplus}(dt + dt\_bias))
+        y_t = (h_t C_t + D x_t) \cdot \mathrm{silu}(z_t),
+        \qquad \Delta = \mathrm{clamp}(\mathrm{softplus}(dt + dt\_bias))
 
     Args:
         x: ``[batch, length, heads, head_dim]``, any strides.
