@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,13 @@ args, kwargs = torch.load(given, weights_only=False)
 outputs = torch._inductor.aoti_load_package(package)(*args, **kwargs)
 assert "{NAMESPACE}" not in sys.modules
 torch.save((torch.utils._pytree.tree_leaves(outputs), args, kwargs), told)
+"""
+
+_COMPILE_ALONE = f"""
+import sys, torch, {NAMESPACE}
+saved, target, configs = sys.argv[1:]
+program = torch.export.load(saved)
+torch._inductor.aoti_compile_and_package(program, package_path=target, inductor_configs=torch.load(configs))
 """
 
 _REGEX_CLASH = (
@@ -65,8 +71,9 @@ def package(
         dynamic_shapes: as in ``torch.export.export``; for modules.
         verify: load and run the package on the example arguments in a process without this package, and compare
             outputs and updated arguments with the program's.
-        portable_compiler: build with a compiler wrapper that keeps libstdc++'s unique symbols to the package. Needed
-            where a package crashes at load inside ``std::regex`` (g++ 13 with the CUDA builds of torch 2.11).
+        portable_compiler: build in another process, with a compiler wrapper that keeps libstdc++'s unique symbols to
+            the package. For packages that crash at load inside ``std::regex`` (g++ 13 with the CUDA builds of torch
+            2.11).
         inductor_configs: options of Inductor for this compilation.
 
     Returns:
@@ -89,16 +96,19 @@ def package(
             raise ValueError("args: got none, expected example arguments to export the module with")
         with torch.no_grad():
             program = torch.export.export(
-                model_or_program, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+                model_or_program,
+                tuple(args),
+                dict(kwargs or {}),
+                dynamic_shapes=dynamic_shapes,
+                strict=False,
+                # Conditions on a size that always hold, but that torch cannot prove, become checks at run time.
+                prefer_deferred_runtime_asserts_over_guards=True,
             )
     _refuse_opaque(program)
     if not args and not kwargs and program.example_inputs is not None:
         args, kwargs = program.example_inputs
     expected = _run(copy.deepcopy(program).module(), args, kwargs) if verify else None
-    with _portable_compiler() if portable_compiler else _as_it_is():
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(target), inductor_configs=dict(inductor_configs or {})
-        )
+    (_compile_portably if portable_compiler else _compile)(program, target, inductor_configs or {})
     if expected is not None:
         _compare(expected, _run_in_clean_process(target, args, kwargs))
     return target
@@ -131,43 +141,41 @@ def _refuse_opaque(program: ExportedProgram) -> None:
         )
 
 
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
+def _compile(program: ExportedProgram, target: Path, inductor_configs: Mapping[str, Any]) -> None:
+    torch._inductor.aoti_compile_and_package(program, package_path=str(target), inductor_configs=dict(inductor_configs))
 
 
-@contextmanager
-def _portable_compiler() -> Iterator[None]:
-    """A compiler wrapper: unique symbols off, and a shared library's own symbols bound to itself. The linker option
-    only with ``-shared``, since Inductor also calls the compiler for headers."""
-    compiler = torch._inductor.config.cpp.cxx[-1] or "g++"
+def _compile_portably(program: ExportedProgram, target: Path, inductor_configs: Mapping[str, Any]) -> None:
+    """Compiles in a process that has had the wrapped compiler from its start: with torch 2.11 on an H200 only that kept
+    the package from crashing, while setting the compiler in a running process did not."""
+    if any(backend not in OPS[name].auto for name, backend in backends_of(program)):
+        program = program.run_decompositions({})  # that process does not know this one's backends
     with tempfile.TemporaryDirectory(prefix="torch_mamba_ops_") as folder:
-        wrapper = Path(folder) / "g++"
-        wrapper.write_text(
-            "#!/bin/sh\n"
-            'for argument in "$@"; do\n'
-            f'  [ "$argument" = -shared ] && exec {compiler} -fno-gnu-unique -Wl,-Bsymbolic "$@"\n'
-            "done\n"
-            f'exec {compiler} -fno-gnu-unique "$@"\n'
-        )
-        wrapper.chmod(0o755)
-        before = os.environ.get("CXX")
-        os.environ["CXX"] = str(wrapper)
-        _forget_compiler()
-        try:
-            with torch._inductor.config.patch({"cpp.cxx": (None, str(wrapper))}):
-                yield
-        finally:
-            os.environ.pop("CXX") if before is None else os.environ.update(CXX=before)
-            _forget_compiler()
+        saved, configs = Path(folder) / "program.pt2", Path(folder) / "configs.pt"
+        torch.export.save(program, saved)
+        torch.save(dict(inductor_configs), configs)
+        environment = {**os.environ, "CXX": str(_wrapped_compiler(Path(folder)))}
+        command = [sys.executable, "-c", _COMPILE_ALONE, str(saved), str(target), str(configs)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = "\n".join(done.stderr.strip().splitlines()[-12:])
+            raise PackageError(f"{target.name}: the process that compiled it ended with {done.returncode}\n{last}")
 
 
-def _forget_compiler() -> None:
-    """Inductor remembers the compiler it found; with torch 2.11 on an H200 a patched config alone changed nothing."""
-    from torch._inductor import cpp_builder
-
-    for search in (cpp_builder.get_cpp_compiler, cpp_builder.cpp_compiler_search):
-        getattr(search, "cache_clear", lambda: None)()
+def _wrapped_compiler(folder: Path) -> Path:
+    """A script that keeps unique symbols off, and binds a shared library's own symbols to itself. The linker option
+    only with ``-shared``, since Inductor also calls the compiler for headers."""
+    compiler = os.environ.get("CXX", "g++")
+    wrapper = folder / "cxx"
+    wrapper.write_text(
+        "#!/bin/sh\n"
+        'for argument in "$@"; do\n'
+        f'  [ "$argument" = -shared ] && exec {compiler} -fno-gnu-unique -Wl,-Bsymbolic "$@"\n'
+        "done\n"
+        f'exec {compiler} -fno-gnu-unique "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    return wrapper
 
 
 _Results = tuple[list[Any], Any, Any]  # outputs, and the arguments as the call left them
