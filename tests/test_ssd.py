@@ -352,8 +352,9 @@ def test_gradients_of_a_tensor_passed_twice_and_of_one_expanded(length: int) -> 
 # --- compiled ---
 
 
-@pytest.mark.xfail(
-    strict=True, reason="known fault: compiled with dynamic sizes, the gradient of dt is not the eager one"
+@pytest.mark.skip(
+    reason="known fault: Inductor's backward of the scan on a CPU (torch 2.13) gives a wrong gradient of dt and at times "
+    "corrupts memory, which would end the other tests too"
 )
 def test_one_graph_over_all_batches_and_lengths_with_its_backward() -> None:
     counter = CompileCounterWithBackend("inductor")
