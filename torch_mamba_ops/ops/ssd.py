@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from torch_mamba_ops.ops.move import Move
 from torch_mamba_ops.ops.packing import sequence_of_token
 from torch_mamba_ops.ops.scan import segment_sum
 
@@ -40,29 +39,35 @@ class Chunks:
     """Which token stands where in [rows, chunks, places].
 
     Attributes:
-        move: of the tokens to their ``chunks * places`` places; None: they are merely reshaped.
+        token: int64 [chunks, places], the token gathered into each place; None: tokens are merely reshaped.
+        present: bool [chunks, places], whether that token counts; None: all do.
         first: bool [chunks], whether a chunk is the first of its sequence.
         size: places in a chunk.
     """
 
-    move: Move | None
+    token: Tensor | None
+    present: Tensor | None
     first: Tensor
     size: int
 
     def split(self, tensor: Tensor) -> Tensor:
-        """[rows, tokens, ...] -> [rows, chunks, places, ...], zero where there is no token."""
-        places = tensor if self.move is None else self.move(tensor)
-        return places.unflatten(1, (self.first.shape[0], self.size))
+        """[rows, tokens, ...] -> [rows, chunks, places, ...]"""
+        if self.token is None:
+            return tensor.unflatten(1, (-1, self.size))
+        return tensor[:, self.token]
 
-    def owners(self, sequence: Tensor) -> Tensor:
-        """[rows, tokens] -> [rows, chunks, places], that of the last token where there is no token."""
-        places = sequence if self.move is None else sequence[:, self.move.source]
-        return places.unflatten(1, (self.first.shape[0], self.size))
+    def values(self, tensor: Tensor) -> Tensor:
+        """`split`, with zero where there is no token: the token gathered there may be another sequence's, or a NaN."""
+        places = self.split(tensor)
+        if self.present is None:
+            return places
+        return torch.where(self.present.view(*self.present.shape, *([1] * (tensor.dim() - 2))), places, 0.0)
 
-    def join(self, places: Tensor) -> Tensor:
-        """[rows, chunks, places, ...] -> [rows, tokens, ...], zero for tokens that are in no chunk."""
+    def join(self, places: Tensor, length: int) -> Tensor:
+        """[rows, chunks, places, ...] -> [rows, length, ...], for chunks that stand in the order of the tokens."""
         tokens = places.flatten(1, 2)
-        return tokens if self.move is None else self.move.back()(tokens)
+        # Indexing: a slice to a symbolic length specialises on whether it is the whole.
+        return tokens if self.token is None else tokens[:, torch.arange(length, device=tokens.device)]
 
 
 def dense_chunks(length: int, chunk_size: int, device: torch.device) -> Chunks:
@@ -73,11 +78,10 @@ def dense_chunks(length: int, chunk_size: int, device: torch.device) -> Chunks:
         count = torch.sym_max(count, 2)  # else graphs with one chunk and with several differ
     first = torch.arange(count, device=device) == 0
     if isinstance(length, int) and length % size == 0:
-        return Chunks(None, first, size)
-    # Moved, since padding by a symbolic amount specialises on whether it is zero, and a slice on whether it is the whole.
-    place = torch.arange(count * size, device=device)
-    token = torch.arange(length, device=device)
-    return Chunks(Move(place.clamp(max=length - 1), place < length, token, None), first, size)
+        return Chunks(None, None, first, size)
+    # A gather, since padding by a symbolic amount specialises on whether it is zero.
+    place = torch.arange(count * size, device=device).view(count, size)
+    return Chunks(place.clamp(max=length - 1), place < length, first, size)
 
 
 @dataclass(frozen=True)
@@ -86,18 +90,22 @@ class PackedChunks:
 
     Attributes:
         chunks: over the packed tokens, as one row.
-        to_first: of what belongs to a sequence to its first chunk.
-        from_last: of what belongs to a chunk that is the last of its sequence to the sequence.
+        sequence: int64 [chunks], the sequence of each chunk.
+        last: int64 [sequences], the last chunk of each sequence.
         not_empty: bool [sequences].
         sequence_of_token: int64 [tokens].
+        chunk_of_token: int64 [tokens].
+        place_of_token: int64 [tokens].
         covered: bool [tokens], whether the token belongs to a sequence.
     """
 
     chunks: Chunks
-    to_first: Move
-    from_last: Move
+    sequence: Tensor
+    last: Tensor
     not_empty: Tensor
     sequence_of_token: Tensor
+    chunk_of_token: Tensor
+    place_of_token: Tensor
     covered: Tensor
 
 
@@ -116,19 +124,19 @@ def packed_chunks(cu_seqlens: Tensor, tokens: int, chunk_size: int, num_computed
     place = torch.arange(chunk_size, device=bounds.device)
     local = chunk - begins[sequence]
     position = (local * chunk_size - offsets[sequence])[:, None] + place
-    used = chunk < ends[-1]
-    present = (position >= 0) & (position < lengths[sequence][:, None]) & used[:, None]
+    present = (position >= 0) & (position < lengths[sequence][:, None]) & (chunk < ends[-1])[:, None]
     token = (starts[sequence][:, None] + position).clamp(min=0, max=tokens - 1)
 
     of_token, position_of_token, covered = sequence_of_token(cu_seqlens, tokens)
-    place_of_token = begins[of_token] * chunk_size + position_of_token + offsets[of_token]
-    first, not_empty, last = local == 0, lengths > 0, (ends - 1).clamp(min=0)
+    shifted = position_of_token + offsets[of_token]
     return PackedChunks(
-        chunks=Chunks(Move(token.flatten(), present.flatten(), place_of_token, covered), first, chunk_size),
-        to_first=Move(sequence, first & used, begins, not_empty),
-        from_last=Move(last, not_empty, sequence, (chunk == last[sequence]) & used),
-        not_empty=not_empty,
+        chunks=Chunks(token, present, local == 0, chunk_size),
+        sequence=sequence,
+        last=(ends - 1).clamp(min=0),
+        not_empty=lengths > 0,
         sequence_of_token=of_token,
+        chunk_of_token=begins[of_token] + shifted // chunk_size,
+        place_of_token=shifted % chunk_size,
         covered=covered,
     )
 
@@ -164,9 +172,9 @@ def scan_chunks(
     per_group = heads // groups
 
     # r row, c chunk, g group, h head of the group; q and k are places, p head_dim, n state.
-    xs = chunks.split(x).float().unflatten(-2, (groups, per_group)).permute(0, 1, 3, 4, 2, 5)  # r c g h k p
-    Bs, Cs = (chunks.split(t).float().transpose(2, 3) for t in (B, C))  # r c g k n
-    steps = chunks.split(step).movedim(2, -1).unflatten(2, (groups, per_group))  # r c g h k
+    xs = chunks.values(x).float().unflatten(-2, (groups, per_group)).permute(0, 1, 3, 4, 2, 5)  # r c g h k p
+    Bs, Cs = (chunks.values(t).float().transpose(2, 3) for t in (B, C))  # r c g k n
+    steps = chunks.values(step).movedim(2, -1).unflatten(2, (groups, per_group))  # r c g h k
     # Log decay from the chunk's start. In float32: Inductor's backward of a float64 sum corrupts memory (torch 2.13).
     decay = (steps * A.float().view(groups, per_group, 1)).cumsum(-1)
     total = decay[..., -1]
@@ -176,7 +184,7 @@ def scan_chunks(
     to_end = total[..., None] - decay
     from_before = decay
     if sequence is not None:
-        owner = chunks.owners(sequence)  # r c k
+        owner = chunks.split(sequence)  # r c k
         is_first = torch.arange(owner.shape[1], device=x.device) == 0
         carried = torch.where(is_first, owner[:, :1, 0], owner[:, :, -1].roll(1, 1))  # whose state enters a chunk
         visible = (visible & (owner[..., None] == owner[..., None, :]))[:, :, None, None]
@@ -255,16 +263,17 @@ def packed_scan(
             chunk size counted from there.
 
     Returns:
-        float32 outputs ``[1, tokens, heads, head_dim]``, zero for tokens of no sequence; states after each sequence,
-        ``[sequences, heads, head_dim, state]`` (of empty ones the initial, or zero without); and the chunks.
+        float32 outputs ``[1, tokens, heads, head_dim]``, arbitrary for tokens of no sequence; states after each one,
+        ``[sequences, heads, head_dim, state]`` (of empty ones the initial, or arbitrary without); and the chunks.
     """
     packed = packed_chunks(cu_seqlens, x.shape[1], chunk_size, num_computed_tokens)
-    start = None if initial is None else packed.to_first(initial.unsqueeze(0))
+    start = None if initial is None else initial[packed.sequence].unsqueeze(0)
     y, ends = scan_chunks(x, step, A, B, C, packed.chunks, start)
-    states = packed.from_last(ends)[0]
+    y = y[:, packed.chunk_of_token, packed.place_of_token]
+    states = ends[0, packed.last]
     if initial is not None:
         states = torch.where(packed.not_empty.view(-1, 1, 1, 1), states, initial)
-    return packed.chunks.join(y), states, packed
+    return y, states, packed
 
 
 def finish(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, covered: Tensor | None = None) -> Tensor:
