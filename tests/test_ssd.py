@@ -353,8 +353,8 @@ def test_gradients_of_a_tensor_passed_twice_and_of_one_expanded(length: int) -> 
 
 
 @pytest.mark.skip(
-    reason="known fault: Inductor's backward of the scan on a CPU (torch 2.13) gives a wrong gradient of dt and at times "
-    "corrupts memory, which would end the other tests too"
+    reason="known fault: Inductor's backward of the scan on a CPU (torch 2.13) gives a wrong gradient of dt and "
+    "at times corrupts memory, which would end the other tests too"
 )
 def test_one_graph_over_all_batches_and_lengths_with_its_backward() -> None:
     counter = CompileCounterWithBackend("inductor")
