@@ -120,6 +120,30 @@ def _lfm2() -> Any:
     )
 
 
+def _zamba() -> Any:
+    return hf.ZambaConfig(
+        **_COMMON,
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],  # one attention block shared by two layers
+        mamba_d_state=8,
+        mamba_d_conv=4,
+        mamba_expand=2,
+        mamba_dt_rank=8,
+        n_mamba_heads=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        attention_hidden_size=128,
+        attention_head_dim=32,
+        intermediate_size=96,
+    )
+
+
+def _lfm2_moe() -> Any:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_dense_layers": 1}
+    kinds = ["conv", "full_attention", "conv"]
+    return hf.Lfm2MoeConfig(**_COMMON, **_ATTENTION, **experts, num_hidden_layers=3, layer_types=kinds, conv_L_cache=3)
+
+
 CONFIGS: dict[str, Callable[[], Any]] = {
     "mamba": _mamba,
     "falcon_mamba": _falcon_mamba,
@@ -132,6 +156,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "nemotron_h_moe": _nemotron_h_moe,
     "granitemoehybrid": _granite,
     "lfm2": _lfm2,
+    "zamba": _zamba,
+    "lfm2_moe": _lfm2_moe,
 }
 
 

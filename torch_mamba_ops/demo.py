@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from torch_mamba_ops import export
-from torch_mamba_ops.dispatch import OPS
+from torch_mamba_ops.dispatch import OPS, explain
 from torch_mamba_ops.integrations import transformers as integration
+from torch_mamba_ops.testing import build, cases
 
 _ALONE = """
 import sys, torch
@@ -94,7 +95,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"{name:40}{value}")
     print(f"\n{'operation in the graphs':40}backend, and why")
     for op, keys in chosen.items():
-        why = f"the first of {', '.join(OPS[op].auto)} that can run it"
+        why = explain(op, **build(cases(op)[0], options.device)).why
         print(f"{op:40}{', '.join(sorted(keys))}: {why}")
     return 0 if torch.equal(want, eager) and torch.equal(eager, got) else 1
 
@@ -150,19 +151,24 @@ def _generate(
     positions = torch.arange(length + tokens, device=prompt.device).expand(batch, -1)
     token = step(prompt, past, positions[:, :length])[:, -1:].argmax(-1)
     made = [token]
-    began = time.perf_counter()
+    began = _now(prompt.device)
     for i in range(tokens - 1):
         token = step(token, past, positions[:, length + i : length + i + 1])[:, -1:].argmax(-1)
         made.append(token)
         if show:
             done = (i + 2) * 30 // tokens
             print(f"\r  [{'#' * done:30}] {i + 2}/{tokens} tokens", end="", flush=True)
-    if prompt.is_cuda:
-        torch.cuda.synchronize()
-    speed = batch * (tokens - 1) / (time.perf_counter() - began)
+    speed = batch * (tokens - 1) / (_now(prompt.device) - began)
     if show:
         print(f"  {speed:.0f} a second")
     return torch.cat(made, 1), speed
+
+
+def _now(device: torch.device) -> float:
+    """The time when what the device was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class _Logits(torch.nn.Module):
@@ -188,12 +194,10 @@ def _package(model: torch.nn.Module, prompt: Tensor, options: argparse.Namespace
         off = float((torch.load(paths[2]) - module(longer)).abs().max())
         run = torch._inductor.aoti_load_package(str(paths[0]))
         run(prompt)
-        began = time.perf_counter()
+        began = _now(prompt.device)
         for _ in range(5):
             run(prompt)
-        if prompt.is_cuda:
-            torch.cuda.synchronize()
-        return off, 5 * prompt.numel() / (time.perf_counter() - began)
+        return off, 5 * prompt.numel() / (_now(prompt.device) - began)
 
 
 __all__ = ["main"]

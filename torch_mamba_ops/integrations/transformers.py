@@ -7,6 +7,7 @@ and after a model is made, under torch.compile and torch.export, and can be take
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +42,15 @@ MODELS: dict[str, tuple[str, ...]] = {
     "lfm2_moe": _CONVOLUTIONS,
 }
 
+_PARAMETERS = {
+    function.__name__: frozenset(inspect.signature(function).parameters)
+    for function in (
+        ops.causal_conv1d_fn,
+        ops.selective_state_update,
+        ops.mamba_chunk_scan_combined,
+        ops.selective_scan_fn,
+    )
+}
 _originals: dict[tuple[str, str], Any] = {}
 
 
@@ -89,8 +99,18 @@ def _check_version() -> None:
         raise ImportError(f"transformers: got {installed}, expected {wanted}: pip install 'transformers{wanted}'")
 
 
-# The replacements below take what the models pass. `unused` are arguments of the model's forward that models hand down
-# to whatever kernel may want them, and switches between the models' own algorithms.
+# The replacements below take what the models pass. `others` are arguments of the model's forward that models hand down
+# to whatever kernel may want them (position_embeddings, output_router_logits), and switches between the models' own
+# algorithms (use_mambapy, use_associative_scan): no result depends on them.
+
+
+def _refuse(name: str, others: dict[str, Any]) -> None:
+    """An argument that the operation knows but no model of `MODELS` passes would change results: it is not dropped."""
+    known = sorted(others.keys() & _PARAMETERS[name])
+    if known:
+        raise TypeError(
+            f"{name}: got {', '.join(known)} through a model's forward, expected it in calls of the operation"
+        )
 
 
 def _causal_conv1d_fn(
@@ -99,8 +119,9 @@ def _causal_conv1d_fn(
     bias: Tensor | None = None,
     activation: str | None = None,
     seq_idx: Tensor | None = None,
-    **unused: Any,
+    **others: Any,
 ) -> Tensor:
+    _refuse("causal_conv1d_fn", others)
     out = ops.causal_conv1d_fn(hidden_states, weight, bias, seq_idx=seq_idx, activation=activation)
     assert isinstance(out, Tensor)
     return out
@@ -127,8 +148,9 @@ def _selective_state_update(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     z: Tensor | None = None,
-    **unused: Any,
+    **others: Any,
 ) -> Tensor:
+    _refuse("selective_state_update", others)
     return ops.selective_state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
@@ -147,8 +169,9 @@ def _mamba2_chunk_scan(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
     seq_idx: Tensor | None = None,
-    **unused: Any,
+    **others: Any,
 ) -> Any:
+    _refuse("mamba_chunk_scan_combined", others)
     return ops.mamba_chunk_scan_combined(
         hidden_states,
         dt,
@@ -178,8 +201,9 @@ def _mamba_selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
-    **unused: Any,
+    **others: Any,
 ) -> Any:
+    _refuse("selective_scan_fn", others)
     return ops.selective_scan_fn(
         hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state=return_last_state
     )
