@@ -1,18 +1,22 @@
 """What a call costs beyond its implementation: ``python benchmarks/overhead.py`` prints microseconds for each operation
-(public function, checks, choice and dispatcher, less the reference called directly) and for importing the package.
+(public function, checks, choice and dispatcher around a backend that does nothing, less that backend called directly)
+and milliseconds for importing the package. Case by case: each option costs its own checks.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from torch_mamba_ops.dispatch import OPS
+from torch_mamba_ops import use_backend
+from torch_mamba_ops.dispatch import OPS, Op
 from torch_mamba_ops.testing import build, cases
 from torch_mamba_ops.testing.check import operator_arguments
 
@@ -32,18 +36,28 @@ def microseconds(call: Callable[[], object], repeats: int = 7, calls: int = 400)
     return statistics.median(times)
 
 
+def overhead(op: Op, arguments: dict[str, Any]) -> float:
+    """Microseconds between the public function and a backend that only returns, chosen by name for the thread."""
+    tensors, options = operator_arguments(op.name, arguments)
+    result = op.backends["reference"].run(*tensors, **options)
+    nothing = lambda *_, **__: result  # noqa: E731
+    op.add(
+        dataclasses.replace(op.backends["reference"], name="nothing", key="nothing", run=nothing)
+    )  # as a built-in backend is
+    with use_backend(**{op.name: "nothing"}):
+        public = microseconds(lambda: op.function(**arguments))
+    return public - microseconds(lambda: nothing(*tensors, **options))
+
+
 def main() -> None:
     """Prints the table."""
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, one thread; microseconds\n{'operation':34}{'public':>9}{'direct':>9}{'over':>7}")
+    print(f"torch {torch.__version__}, one thread; microseconds over the implementation")
     with torch.no_grad():
         for name, op in OPS.items():
-            arguments = build(cases(name)[0])
-            tensors, options = operator_arguments(name, arguments)
-            reference = op.backends["reference"].run
-            public = microseconds(lambda op=op, arguments=arguments: op.function(**arguments))
-            direct = microseconds(lambda run=reference, t=tensors, o=options: run(*t, **o))
-            print(f"{name:34}{public:9.1f}{direct:9.1f}{public - direct:7.1f}")
+            for case in cases(name):
+                if "small" in case.tags:
+                    print(f"{name:34}{case.name:40}{overhead(op, build(case)):9.1f}")
     seconds = [
         float(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, check=True).stdout) for _ in range(5)
     ]

@@ -37,8 +37,9 @@ torch._inductor.aoti_compile_and_package(program, package_path=target, inductor_
 """
 
 _REGEX_CLASH = (
-    "A known cause: packages built by a GCC that marks std::regex's symbols as unique share them with libtorch's own "
-    "copy and crash in parse_device_str, whatever the model. package(..., portable_compiler=True) builds around it."
+    "A known cause: a compiler that links libstdc++ statically, whose std::regex clashes with that of torch's "
+    "libstdc++ and crashes in parse_device_str, whatever the model. package(..., portable_compiler=True) links the "
+    "shared one."
 )
 
 
@@ -71,9 +72,9 @@ def package(
         dynamic_shapes: as in ``torch.export.export``; for modules.
         verify: load and run the package on the example arguments in a process without this package, and compare
             outputs and updated arguments with the program's.
-        portable_compiler: build in another process, with a compiler wrapper that keeps libstdc++'s unique symbols to
-            the package. For packages that crash at load inside ``std::regex`` (g++ 13 with the CUDA builds of torch
-            2.11).
+        portable_compiler: build in another process, with a wrapper around the compiler that links the shared
+            libstdc++. For compilers without it, which take the static one: such packages crash at load inside
+            ``std::regex``.
         inductor_configs: options of Inductor for this compilation.
 
     Returns:
@@ -146,8 +147,7 @@ def _compile(program: ExportedProgram, target: Path, inductor_configs: Mapping[s
 
 
 def _compile_portably(program: ExportedProgram, target: Path, inductor_configs: Mapping[str, Any]) -> None:
-    """Compiles in a process that has had the wrapped compiler from its start: with torch 2.11 on an H200 only that kept
-    the package from crashing, while setting the compiler in a running process did not."""
+    """Compiles in a process that has the wrapped compiler from its start: Inductor reads ``CXX`` at its import."""
     if any(backend not in OPS[name].auto for name, backend in backends_of(program)):
         program = program.run_decompositions({})  # that process does not know this one's backends
     with tempfile.TemporaryDirectory(prefix="torch_mamba_ops_") as folder:
@@ -163,16 +163,17 @@ def _compile_portably(program: ExportedProgram, target: Path, inductor_configs: 
 
 
 def _wrapped_compiler(folder: Path) -> Path:
-    """A script that keeps unique symbols off, and binds a shared library's own symbols to itself. The linker option
-    only with ``-shared``, since Inductor also calls the compiler for headers."""
+    """A script around the compiler (``CXX``, else g++) that links shared libraries with the shared libstdc++. Only with
+    ``-shared``, since Inductor also calls the compiler for headers."""
     compiler = os.environ.get("CXX", "g++")
     wrapper = folder / "cxx"
     wrapper.write_text(
         "#!/bin/sh\n"
         'for argument in "$@"; do\n'
-        f'  [ "$argument" = -shared ] && exec {compiler} -fno-gnu-unique -Wl,-Bsymbolic "$@"\n'
+        '  [ "$argument" = -shared ] &&\n'
+        f'    exec {compiler} -Wl,--no-as-needed -l:libstdc++.so.6 -Wl,--as-needed "$@"\n'
         "done\n"
-        f'exec {compiler} -fno-gnu-unique "$@"\n'
+        f'exec {compiler} "$@"\n'
     )
     wrapper.chmod(0o755)
     return wrapper

@@ -11,6 +11,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 
 from . import selection
 from .errors import BackendError, NoBackendError, describe_call, unknown
+from .mutation import check_disjoint, check_writable
 
 if TYPE_CHECKING:
     from .backend import Backend
@@ -71,6 +72,7 @@ class Op:
         self.fake = fake
         self.auto = tuple(auto)
         self.hints = tuple(hints)
+        self.differentiable = differentiable
         self.defaults: dict[str, Any] = {}
         self.function: Callable[..., Any]
         self.backends: dict[str, Backend] = {}
@@ -87,13 +89,13 @@ class Op:
         """Chooses a backend for these arguments and calls the operator with it."""
         if backend is ASK:
             raise Asked(tensors, options)
-        for position in self.mutated:
-            state = tensors[position]
-            if state is not None and state.requires_grad:
-                raise ValueError(
-                    f"{self.tensors[position]}: requires grad, expected a tensor that can be updated in place"
-                )
-        return self.overload(*tensors, **options, backend=self.choose(backend, tensors, options))
+        if self.mutated:
+            self._check_mutated(tensors)
+        key = self.choose(backend, tensors, options)
+        if self.differentiable and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            with torch._C._AutoDispatchBelowAutograd():  # autograd's own kernel is Python: 6 us to find nothing to do
+                return self.overload(*tensors, **options, backend=key)
+        return self.overload(*tensors, **options, backend=key)
 
     def choose(self, requested: str | None, tensors: tuple[Any, ...], options: dict[str, Any]) -> str:
         """The key of the backend that runs these arguments.
@@ -135,6 +137,19 @@ class Op:
         if isinstance(value, torch.Tensor):
             return True
         return value is not None and name not in self.hints and value != self.defaults.get(name, False)
+
+    def _check_mutated(self, tensors: tuple[Any, ...]) -> None:
+        written = {self.tensors[i]: tensors[i] for i in self.mutated if tensors[i] is not None}
+        for position, (name, tensor) in enumerate(written.items()):
+            check_writable(name, tensor)
+            check_disjoint(name, tensor, dict(list(written.items())[:position]))
+        if torch.is_grad_enabled():
+            for name, tensor in zip(self.tensors, tensors, strict=True):
+                if tensor is not None and tensor.requires_grad:
+                    raise ValueError(
+                        f"{name}: requires grad, but {self.name} updates a state in place and has no gradient; "
+                        "expected a call under torch.no_grad()"
+                    )
 
     def _named(self, name: str, tensors: tuple[Any, ...], options: dict[str, Any]) -> Backend:
         backend = self.backends.get(name)

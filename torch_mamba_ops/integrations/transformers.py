@@ -13,6 +13,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import torch_mamba_ops as ops
@@ -134,7 +135,8 @@ def _causal_conv1d_update(
     bias: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    return ops.causal_conv1d_update(hidden_states, conv_state, weight, bias, activation)
+    with torch.no_grad():  # models also decode outside of it, and nothing differentiates through a cache
+        return ops.causal_conv1d_update(hidden_states, conv_state, weight, bias, activation)
 
 
 def _selective_state_update(
@@ -151,7 +153,8 @@ def _selective_state_update(
     **others: Any,
 ) -> Tensor:
     _refuse("selective_state_update", others)
-    return ops.selective_state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    with torch.no_grad():
+        return ops.selective_state_update(state, hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus)
 
 
 def _mamba2_chunk_scan(

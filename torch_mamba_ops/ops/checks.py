@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_mamba_ops.dispatch.mutation import check_disjoint, check_writable
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER = (torch.int32, torch.int64)
 
@@ -32,6 +34,12 @@ def check_tensor(
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}")
 
 
+def check_int(name: str, value: Any) -> None:
+    """Checks that a number is whole."""
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
+
+
 def check_rank(name: str, tensor: Any, ranks: Sequence[int], meaning: str) -> None:
     """Checks that ``tensor`` is a tensor of one of the ranks."""
     if not isinstance(tensor, Tensor):
@@ -46,10 +54,10 @@ def check_dtype(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOAT
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}")
 
 
-def check_groups(groups: int, heads: int) -> None:
-    """Checks that the groups of B and C divide the heads."""
-    if groups == 0 or heads % groups != 0:
-        raise ValueError(f"B: got {groups} groups, expected a number that divides the {heads} heads")
+def check_groups(name: str, groups: int, count: int, what: str = "heads") -> None:
+    """Checks that the groups of B or C divide the heads."""
+    if groups == 0 or count % groups != 0:
+        raise ValueError(f"{name}: got {groups} groups, expected a number that divides the {count} {what}")
 
 
 def check_chunk_size(chunk_size: int) -> None:
@@ -72,29 +80,8 @@ def canonical_activation(activation: str | bool | None) -> str | None:
 def check_out(out: Any, like: Tensor, inputs: dict[str, Tensor | None]) -> None:
     """Checks that ``out`` can take a result with the shape, dtype and device of ``like`` and overlaps no input."""
     check_tensor("out", out, like.shape, "the shape of the result", like.device, (like.dtype,))
+    check_writable("out", out)
     check_disjoint("out", out, inputs)
-
-
-def check_disjoint(name: str, written: Tensor, inputs: dict[str, Tensor | None]) -> None:
-    """Checks that a tensor to be written overlaps no input."""
-    for other, tensor in inputs.items():
-        if tensor is not None and (written is tensor or _overlap(written, tensor)):
-            raise ValueError(f"{name}: shares memory with {other}, expected a tensor of its own")
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # addresses are not known; a compiled graph orders its reads and writes anyway
-        return False
-    first, second = _span(a), _span(b)
-    return first[0] < second[1] and second[0] < first[1]
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    if tensor.numel() == 0 or isinstance(tensor, torch._subclasses.FakeTensor):
-        return (0, 0)
-    start = tensor.data_ptr()
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (reach + 1) * tensor.element_size()
 
 
 def _listed(shape: Sequence[int]) -> str:
@@ -126,7 +113,7 @@ def check_scan_inputs(
     groups, size = B.shape[-2:]
     check_tensor("B", B, (*tokens, groups, size), "[tokens, groups, state]", device)
     check_tensor("C", C, (*tokens, groups, size), "[tokens, groups, state], like B", device)
-    check_groups(groups, heads)
+    check_groups("B", groups, heads)
     if D is not None:
         check_rank("D", D, (1, 2), "[heads] or [heads, head_dim]")
         check_tensor("D", D, (heads, head_dim)[: D.dim()], "[heads] or [heads, head_dim]", device)

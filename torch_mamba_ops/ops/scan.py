@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_mamba_ops.ops.move import Move
+
 _BLOCK = 16
 _LEVELS = 3
 
@@ -55,13 +57,12 @@ def _blocked(log_decay: Tensor, update: Tensor, levels: int) -> Tensor:
         return torch.einsum("b...ji,b...j->b...i", decay, update.movedim(1, -1)).movedim(-1, 1)
     batch, length = update.shape[:2]
     blocks = length // _BLOCK + 2  # at least two, so that no graph is specialised on a single block
-    token = torch.arange(blocks * _BLOCK, device=update.device)
-    missing = token >= length
-    token = token % length  # any token will do; Inductor for GPUs cannot index by a clamp (torch 2.11)
+    place = torch.arange(blocks * _BLOCK, device=update.device)
+    # Modulo: any token will do where there is none, and Inductor for GPUs cannot index by a clamp (torch 2.11).
+    move = Move(place % length, place < length, torch.arange(length, device=update.device), None)
 
     def split(tensor: Tensor) -> Tensor:
-        padded = torch.where(missing.view(-1, *([1] * (tensor.dim() - 2))), 0.0, tensor[:, token])
-        return padded.reshape(batch * blocks, _BLOCK, *tensor.shape[2:])
+        return move(tensor).reshape(batch * blocks, _BLOCK, *tensor.shape[2:])
 
     decay_here, here = _doubling(split(log_decay), split(update))
     decay_here, here = (t.unflatten(0, (batch, blocks)) for t in (decay_here, here))
@@ -70,4 +71,4 @@ def _blocked(log_decay: Tensor, update: Tensor, levels: int) -> Tensor:
     is_first = (torch.arange(blocks, device=update.device) == 0).view(-1, *([1] * (carry.dim() - 2)))
     before = torch.where(is_first, 0.0, carry.roll(1, 1))
     joined = here + torch.exp(decay_here) * before.unsqueeze(2)
-    return joined.flatten(1, 2)[:, torch.arange(length, device=update.device)]
+    return move.back()(joined.flatten(1, 2))

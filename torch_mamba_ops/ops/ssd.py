@@ -6,11 +6,13 @@ Dao and Gu, "Transformers are SSMs" (2024), section 6. Dense and packed batches 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+from torch_mamba_ops.ops.move import Move
 from torch_mamba_ops.ops.packing import sequence_of_token
 from torch_mamba_ops.ops.scan import segment_sum
 
@@ -39,35 +41,29 @@ class Chunks:
     """Which token stands where in [rows, chunks, places].
 
     Attributes:
-        token: int64 [chunks, places], the token gathered into each place; None: tokens are merely reshaped.
-        present: bool [chunks, places], whether that token counts; None: all do.
+        move: of the tokens to their ``chunks * places`` places; None: they are merely reshaped.
         first: bool [chunks], whether a chunk is the first of its sequence.
         size: places in a chunk.
     """
 
-    token: Tensor | None
-    present: Tensor | None
+    move: Move | None
     first: Tensor
     size: int
 
     def split(self, tensor: Tensor) -> Tensor:
-        """[rows, tokens, ...] -> [rows, chunks, places, ...]"""
-        if self.token is None:
-            return tensor.unflatten(1, (-1, self.size))
-        return tensor[:, self.token]
+        """[rows, tokens, ...] -> [rows, chunks, places, ...], zero where there is no token."""
+        places = tensor if self.move is None else self.move(tensor)
+        return places.unflatten(1, (self.first.shape[0], self.size))
 
-    def values(self, tensor: Tensor) -> Tensor:
-        """`split`, with zero where there is no token: the token gathered there may be another sequence's, or a NaN."""
-        places = self.split(tensor)
-        if self.present is None:
-            return places
-        return torch.where(self.present.view(*self.present.shape, *([1] * (tensor.dim() - 2))), places, 0.0)
+    def owners(self, sequence: Tensor) -> Tensor:
+        """[rows, tokens] -> [rows, chunks, places], that of the last token where there is no token."""
+        places = sequence if self.move is None else sequence[:, self.move.source]
+        return places.unflatten(1, (self.first.shape[0], self.size))
 
-    def join(self, places: Tensor, length: int) -> Tensor:
-        """[rows, chunks, places, ...] -> [rows, length, ...], for chunks that stand in the order of the tokens."""
+    def join(self, places: Tensor) -> Tensor:
+        """[rows, chunks, places, ...] -> [rows, tokens, ...], zero for tokens that are in no chunk."""
         tokens = places.flatten(1, 2)
-        # Indexing: a slice to a symbolic length specialises on whether it is the whole.
-        return tokens if self.token is None else tokens[:, torch.arange(length, device=tokens.device)]
+        return tokens if self.move is None else self.move.back()(tokens)
 
 
 def dense_chunks(length: int, chunk_size: int, device: torch.device) -> Chunks:
@@ -78,10 +74,11 @@ def dense_chunks(length: int, chunk_size: int, device: torch.device) -> Chunks:
         count = torch.sym_max(count, 2)  # else graphs with one chunk and with several differ
     first = torch.arange(count, device=device) == 0
     if isinstance(length, int) and length % size == 0:
-        return Chunks(None, None, first, size)
-    # A gather, since padding by a symbolic amount specialises on whether it is zero.
-    place = torch.arange(count * size, device=device).view(count, size)
-    return Chunks(place.clamp(max=length - 1), place < length, first, size)
+        return Chunks(None, first, size)
+    # Moved: padding by a symbolic amount specialises on whether it is zero, a slice on whether it is the whole.
+    place = torch.arange(count * size, device=device)
+    token = torch.arange(length, device=device)
+    return Chunks(Move(place.clamp(max=length - 1), place < length, token, None), first, size)
 
 
 @dataclass(frozen=True)
@@ -90,22 +87,18 @@ class PackedChunks:
 
     Attributes:
         chunks: over the packed tokens, as one row.
-        sequence: int64 [chunks], the sequence of each chunk.
-        last: int64 [sequences], the last chunk of each sequence.
+        to_first: of what belongs to a sequence to its first chunk.
+        from_last: of what belongs to a chunk that is the last of its sequence to the sequence.
         not_empty: bool [sequences].
         sequence_of_token: int64 [tokens].
-        chunk_of_token: int64 [tokens].
-        place_of_token: int64 [tokens].
         covered: bool [tokens], whether the token belongs to a sequence.
     """
 
     chunks: Chunks
-    sequence: Tensor
-    last: Tensor
+    to_first: Move
+    from_last: Move
     not_empty: Tensor
     sequence_of_token: Tensor
-    chunk_of_token: Tensor
-    place_of_token: Tensor
     covered: Tensor
 
 
@@ -124,19 +117,19 @@ def packed_chunks(cu_seqlens: Tensor, tokens: int, chunk_size: int, num_computed
     place = torch.arange(chunk_size, device=bounds.device)
     local = chunk - begins[sequence]
     position = (local * chunk_size - offsets[sequence])[:, None] + place
-    present = (position >= 0) & (position < lengths[sequence][:, None]) & (chunk < ends[-1])[:, None]
+    used = chunk < ends[-1]
+    present = (position >= 0) & (position < lengths[sequence][:, None]) & used[:, None]
     token = (starts[sequence][:, None] + position).clamp(min=0, max=tokens - 1)
 
     of_token, position_of_token, covered = sequence_of_token(cu_seqlens, tokens)
-    shifted = position_of_token + offsets[of_token]
+    place_of_token = begins[of_token] * chunk_size + position_of_token + offsets[of_token]
+    first, not_empty, last = local == 0, lengths > 0, (ends - 1).clamp(min=0)
     return PackedChunks(
-        chunks=Chunks(token, present, local == 0, chunk_size),
-        sequence=sequence,
-        last=(ends - 1).clamp(min=0),
-        not_empty=lengths > 0,
+        chunks=Chunks(Move(token.flatten(), present.flatten(), place_of_token, covered), first, chunk_size),
+        to_first=Move(sequence, first & used, begins, not_empty),
+        from_last=Move(last, not_empty, sequence, (chunk == last[sequence]) & used),
+        not_empty=not_empty,
         sequence_of_token=of_token,
-        chunk_of_token=begins[of_token] + shifted // chunk_size,
-        place_of_token=shifted % chunk_size,
         covered=covered,
     )
 
@@ -172,29 +165,25 @@ def scan_chunks(
     per_group = heads // groups
 
     # r row, c chunk, g group, h head of the group; q and k are places, p head_dim, n state.
-    xs = chunks.values(x).float().unflatten(-2, (groups, per_group)).permute(0, 1, 3, 4, 2, 5)  # r c g h k p
-    Bs, Cs = (chunks.values(t).float().transpose(2, 3) for t in (B, C))  # r c g k n
-    steps = chunks.values(step).movedim(2, -1).unflatten(2, (groups, per_group))  # r c g h k
-    # Log decay from the chunk's start. In float32: Inductor's backward of a float64 sum corrupts memory (torch 2.13).
-    decay = (steps * A.float().view(groups, per_group, 1)).cumsum(-1)
-    total = decay[..., -1]
-
+    xs = chunks.split(x).float().unflatten(-2, (groups, per_group)).permute(0, 1, 3, 4, 2, 5)  # r c g h k p
+    Bs, Cs = (chunks.split(t).float().transpose(2, 3) for t in (B, C))  # r c g k n
+    steps = chunks.split(step).movedim(2, -1).unflatten(2, (groups, per_group))  # r c g h k
+    own = steps.double() * A.double().view(groups, per_group, 1)
+    apart, to_end, from_before = _LogDecays.apply(own)  # type: ignore[no-untyped-call]
+    total = from_before[..., -1]
     place = torch.arange(chunks.size, device=x.device)
     visible = place[:, None] >= place
-    to_end = total[..., None] - decay
-    from_before = decay
     if sequence is not None:
-        owner = chunks.split(sequence)  # r c k
+        owner = chunks.owners(sequence)  # r c k
         is_first = torch.arange(owner.shape[1], device=x.device) == 0
         carried = torch.where(is_first, owner[:, :1, 0], owner[:, :, -1].roll(1, 1))  # whose state enters a chunk
         visible = (visible & (owner[..., None] == owner[..., None, :]))[:, :, None, None]
         to_end = torch.where((owner == owner[..., -1:])[:, :, None, None], to_end, -torch.inf)
-        from_before = torch.where((owner == carried[..., None])[:, :, None, None], decay, -torch.inf)
+        from_before = torch.where((owner == carried[..., None])[:, :, None, None], from_before, -torch.inf)
         total = torch.where((owner[..., -1] == carried)[:, :, None, None], total, -torch.inf)
 
     # Inside a chunk: masked attention with the decay between two places as its weight.
     scores = Cs @ Bs.transpose(-1, -2)  # r c g q k
-    apart = decay[..., :, None] - decay[..., None, :]
     between = torch.exp(torch.where(visible, apart, -torch.inf))
     y = (scores.unsqueeze(3) * between * steps[..., None, :]) @ xs  # r c g h q p
 
@@ -214,6 +203,38 @@ def scan_chunks(
     given = given.unflatten(4, (per_group, head_dim)).transpose(3, 4)  # r c g h q p
     y = y + given * torch.exp(from_before)[..., None]
     return y.permute(0, 1, 4, 2, 3, 5).flatten(3, 4), ends.flatten(2, 3)
+
+
+class _LogDecays(torch.autograd.Function):
+    """Log decay between two places of a chunk, from each to the end, and from before the chunk to each.
+
+    The log decay between two tokens is a difference of two sums that can be much larger: the sums are taken in float64
+    and kept as a float32 and what that rounds off. The gradient of a token's own log decay sums what passes over it,
+    and nothing that cancels.
+    """
+
+    @staticmethod
+    def forward(own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """float64 ``[..., places]`` to float32 ``[..., to, from]``, right for from <= to, and two ``[..., places]``."""
+        exact = own.cumsum(-1)
+        decay = exact.float()
+        rest = (exact - decay).float()
+        apart = (decay[..., :, None] - decay[..., None, :]) + (rest[..., :, None] - rest[..., None, :])
+        return apart, (decay[..., -1:] - decay) + (rest[..., -1:] - rest), decay
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Linear: nothing is saved."""
+
+    @staticmethod
+    def backward(ctx: Any, apart: Tensor, to_end: Tensor, from_before: Tensor) -> Tensor:
+        place = torch.arange(to_end.shape[-1], device=to_end.device)
+
+        def before(tensor: Tensor) -> Tensor:
+            return torch.where(place == 0, 0.0, tensor.cumsum(-1).roll(1, -1))
+
+        over = torch.where(place[:, None] >= place, before(apart), 0.0).sum(-2)
+        return (over + before(to_end) + from_before.flip(-1).cumsum(-1).flip(-1)).double()
 
 
 def _pass_between(added: Tensor, total: Tensor, first: Tensor) -> Tensor:
@@ -263,17 +284,16 @@ def packed_scan(
             chunk size counted from there.
 
     Returns:
-        float32 outputs ``[1, tokens, heads, head_dim]``, arbitrary for tokens of no sequence; states after each one,
-        ``[sequences, heads, head_dim, state]`` (of empty ones the initial, or arbitrary without); and the chunks.
+        float32 outputs ``[1, tokens, heads, head_dim]``, zero for tokens of no sequence; states after each sequence,
+        ``[sequences, heads, head_dim, state]`` (of empty ones the initial, or zero without); and the chunks.
     """
     packed = packed_chunks(cu_seqlens, x.shape[1], chunk_size, num_computed_tokens)
-    start = None if initial is None else initial[packed.sequence].unsqueeze(0)
+    start = None if initial is None else packed.to_first(initial.unsqueeze(0))
     y, ends = scan_chunks(x, step, A, B, C, packed.chunks, start)
-    y = y[:, packed.chunk_of_token, packed.place_of_token]
-    states = ends[0, packed.last]
+    states = packed.from_last(ends)[0]
     if initial is not None:
         states = torch.where(packed.not_empty.view(-1, 1, 1, 1), states, initial)
-    return y, states, packed
+    return packed.chunks.join(y), states, packed
 
 
 def finish(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, covered: Tensor | None = None) -> Tensor:

@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 
 from torch_mamba_ops.dispatch import Op
-from torch_mamba_ops.ops.checks import (
-    INTEGER,
-    canonical_activation,
-    check_disjoint,
-    check_dtype,
-    check_rank,
-    check_tensor,
-)
+from torch_mamba_ops.dispatch.mutation import check_disjoint
+from torch_mamba_ops.ops.checks import INTEGER, canonical_activation, check_dtype, check_rank, check_tensor
 from torch_mamba_ops.ops.conv import check_filter
 
 

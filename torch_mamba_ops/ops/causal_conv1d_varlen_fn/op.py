@@ -8,6 +8,7 @@ from torch import Tensor
 from torch_mamba_ops.dispatch import Op
 from torch_mamba_ops.ops.checks import INTEGER, canonical_activation, check_dtype, check_rank, check_tensor
 from torch_mamba_ops.ops.conv import check_filter, check_window
+from torch_mamba_ops.ops.packing import check_packing
 from torch_mamba_ops.ops.pool import check_slots
 
 
@@ -70,14 +71,13 @@ def causal_conv1d_varlen_fn(
     check_dtype("x", x)
     dim = x.shape[0]
     width = check_filter(x, dim, weight, bias, widest=4)
-    check_rank("query_start_loc", query_start_loc, (1,), "[sequences + 1]")
-    check_tensor("query_start_loc", query_start_loc, query_start_loc.shape, "[sequences + 1]", x.device, INTEGER)
+    check_packing("query_start_loc", query_start_loc, x.shape[1], x.device)
     sequences = query_start_loc.shape[0] - 1
     check_window(conv_states, "conv_states", x, dim, width)
     slots = conv_states.shape[0]
     if cache_indices is not None:
         check_tensor("cache_indices", cache_indices, (sequences,), "[sequences]", x.device, INTEGER)
-        check_slots("cache_indices", cache_indices, slots, pad_slot_id)
+        check_slots("cache_indices", cache_indices, slots, pad_slot_id, written=True)
     elif slots != sequences:
         raise ValueError(f"conv_states: got {slots} slots, expected {sequences}, one a sequence, without cache_indices")
     if has_initial_state is not None:

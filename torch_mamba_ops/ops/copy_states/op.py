@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from torch_mamba_ops.dispatch import Op
-from torch_mamba_ops.ops.checks import INTEGER, check_dtype, check_rank, check_tensor
+from torch_mamba_ops.dispatch.mutation import check_disjoint
+from torch_mamba_ops.ops.checks import INTEGER, check_rank, check_tensor
 from torch_mamba_ops.ops.pool import check_slots
 
 
@@ -46,8 +47,8 @@ def copy_states(
         ValueError: a shape, device or slot is wrong.
         TypeError: a dtype is wrong.
     """
+    check_rank("src_pool", src_pool, range(1, 9), "[slots, ...]")
     check_rank("dst_pool", dst_pool, range(1, 9), "[slots, ...]")
-    check_dtype("dst_pool", dst_pool, (src_pool.dtype,))
     check_tensor(
         "src_pool",
         src_pool,
@@ -60,6 +61,7 @@ def copy_states(
     check_tensor("src_indices", src_indices, src_indices.shape, "[copies]", dst_pool.device, INTEGER)
     check_tensor("dst_indices", dst_indices, src_indices.shape, "[copies], like src_indices", dst_pool.device, INTEGER)
     check_slots("src_indices", src_indices, src_pool.shape[0], pad_slot_id)
-    check_slots("dst_indices", dst_indices, dst_pool.shape[0], pad_slot_id)
+    check_slots("dst_indices", dst_indices, dst_pool.shape[0], pad_slot_id, written=True)
     source = None if src_pool is dst_pool else src_pool  # one tensor may not be both read and (a!) in a schema
+    check_disjoint("dst_pool", dst_pool, {"src_pool": source})
     OP(backend, (source, dst_pool, src_indices, dst_indices), {"pad_slot_id": pad_slot_id})

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_mamba_ops.dispatch import Op
 from torch_mamba_ops.ops.checks import INTEGER, check_rank, check_scan_inputs, check_tensor, finite_limits
+from torch_mamba_ops.ops.packing import check_packing
 
 
 def _fake(
@@ -117,8 +118,7 @@ def mamba_chunk_scan_combined(
     if seq_idx is not None:
         check_tensor("seq_idx", seq_idx, (batch, length), "[batch, length]", x.device, INTEGER)
     if cu_seqlens is not None:
-        check_rank("cu_seqlens", cu_seqlens, (1,), "[sequences + 1]")
-        check_tensor("cu_seqlens", cu_seqlens, cu_seqlens.shape, "[sequences + 1]", x.device, INTEGER)
+        check_packing("cu_seqlens", cu_seqlens, length, x.device)
         if batch != 1:
             raise ValueError(f"x: got a batch of {batch}, expected 1 with cu_seqlens")
     elif return_varlen_states:

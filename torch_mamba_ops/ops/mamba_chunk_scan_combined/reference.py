@@ -48,12 +48,13 @@ def mamba_chunk_scan_combined(
             begin = torch.cat([initial, begin[1:]])
         y, states, packed = packed_scan(x, step, A, B, C, cu_seqlens, chunk_size, begin, None)
         order = torch.arange(sequences, device=x.device)
-        last = torch.where(packed.not_empty, order, 0).amax().reshape(1)  # the last sequence that has a token
-        return finish(y, x, D, z, packed.covered), states[last].to(dtype), states.to(dtype)
+        last = torch.where(packed.not_empty, order, 0).amax()  # the last sequence that has a token
+        final = torch.where((order == last).view(-1, 1, 1, 1), states, 0.0).sum(0, keepdim=True)
+        return finish(y, x, D, z, packed.covered), final.to(dtype), states.to(dtype)
 
     chunks = dense_chunks(length, chunk_size, x.device)
     start = None
     if initial is not None:
         start = initial.unsqueeze(1).expand(-1, chunks.first.shape[0], *one_state)
     y, ends = scan_chunks(x, step, A, B, C, chunks, start, seq_idx)
-    return finish(chunks.join(y, length), x, D, z), ends[:, -1].to(dtype, copy=True), no_states
+    return finish(chunks.join(y), x, D, z), ends[:, -1].to(dtype, copy=True), no_states

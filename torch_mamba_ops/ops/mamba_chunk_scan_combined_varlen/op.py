@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 from torch_mamba_ops.dispatch import Op
-from torch_mamba_ops.ops.checks import (
-    INTEGER,
-    check_out,
-    check_rank,
-    check_scan_inputs,
-    check_tensor,
-    finite_limits,
-)
+from torch_mamba_ops.ops.checks import INTEGER, check_out, check_rank, check_scan_inputs, check_tensor, finite_limits
+from torch_mamba_ops.ops.packing import check_packing
 from torch_mamba_ops.ops.pool import check_slots
 
 
@@ -97,8 +91,7 @@ def mamba_chunk_scan_combined_varlen(
     check_rank("x", x, (3,), "[total_tokens, heads, head_dim]")
     tokens, heads, head_dim = x.shape
     size = check_scan_inputs((tokens,), x, dt, A, B, C, chunk_size, D, z, dt_bias)
-    check_rank("cu_seqlens", cu_seqlens, (1,), "[sequences + 1]")
-    check_tensor("cu_seqlens", cu_seqlens, cu_seqlens.shape, "[sequences + 1]", x.device, INTEGER)
+    check_packing("cu_seqlens", cu_seqlens, tokens, x.device)
     sequences = cu_seqlens.shape[0] - 1
     if states is None:
         for name, tensor in (("state_indices", state_indices), ("has_initial_state", has_initial_state)):
@@ -110,7 +103,6 @@ def mamba_chunk_scan_combined_varlen(
         check_tensor("states", states, (slots, heads, head_dim, size), "[slots, heads, head_dim, state]", x.device)
         if state_indices is None and slots != sequences:
             raise ValueError(f"states: got {slots} slots, expected {sequences}, one a sequence, without state_indices")
-        check_slots("state_indices", state_indices, slots, pad_slot_id)
     for name, tensor, dtypes in (
         ("state_indices", state_indices, INTEGER),
         ("has_initial_state", has_initial_state, (torch.bool,)),
@@ -118,6 +110,8 @@ def mamba_chunk_scan_combined_varlen(
     ):
         if tensor is not None:
             check_tensor(name, tensor, (sequences,), "[sequences]", x.device, dtypes)
+    if states is not None:
+        check_slots("state_indices", state_indices, states.shape[0], pad_slot_id, written=True)
     dt_min, dt_max = finite_limits(dt_limit)
     tensors = (
         x, dt, A, B, C, cu_seqlens, D, z, dt_bias, states, state_indices, has_initial_state, num_computed_tokens,

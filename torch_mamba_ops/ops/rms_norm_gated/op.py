@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from torch_mamba_ops.dispatch import Op
-from torch_mamba_ops.ops.checks import check_dtype, check_tensor
+from torch_mamba_ops.ops.checks import check_dtype, check_int, check_rank, check_tensor
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, **options: object) -> Tensor:
@@ -58,6 +58,7 @@ def rms_norm_gated(
     Papers: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); Dao and Gu, "Transformers are SSMs"
     (2024).
     """
+    check_rank("x", x, range(1, 9), "[..., channels]")
     check_dtype("x", x)
     channels = x.shape[-1]
     check_tensor("weight", weight, (channels,), "[channels]", x.device)
@@ -65,8 +66,10 @@ def rms_norm_gated(
         check_tensor("bias", bias, (channels,), "[channels]", x.device)
     if z is not None:
         check_tensor("z", z, x.shape, "the shape of x", x.device)
-    if group_size is not None and (group_size <= 0 or channels % group_size != 0):
-        raise ValueError(f"group_size: got {group_size}, expected a number that divides the {channels} channels")
+    if group_size is not None:
+        check_int("group_size", group_size)
+        if group_size <= 0 or channels % group_size != 0:
+            raise ValueError(f"group_size: got {group_size}, expected a number that divides the {channels} channels")
     options = {"eps": eps, "group_size": group_size, "norm_before_gate": norm_before_gate}
     result: Tensor = OP(backend, (x, weight, bias, z), options)
     return result

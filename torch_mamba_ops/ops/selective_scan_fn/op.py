@@ -83,7 +83,7 @@ def selective_scan_fn(
         else:
             groups = tensor.shape[1]
             check_tensor(name, tensor, (batch, groups, size, length), "[batch, groups, state, length]", device)
-            check_groups(groups, dim)
+            check_groups(name, groups, dim, "channels")
     for name, vector in (("D", D), ("delta_bias", delta_bias)):
         if vector is not None:
             check_tensor(name, vector, (dim,), "[dim]", device)

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from torch_mamba_ops.dispatch import Op
-from torch_mamba_ops.ops.checks import FLOATING, INTEGER, check_dtype, check_groups, check_out, check_rank, check_tensor
+from torch_mamba_ops.ops.checks import (
+    FLOATING,
+    INTEGER,
+    check_dtype,
+    check_groups,
+    check_int,
+    check_out,
+    check_rank,
+    check_tensor,
+)
+from torch_mamba_ops.ops.packing import check_longest, check_packing
 from torch_mamba_ops.ops.pool import check_slots
 
 
@@ -108,7 +120,12 @@ def selective_state_update(
     device = state.device
     inner = state.shape[1:]
     channels, size = inner[:-1], inner[-1]
+    check_int("pad_slot_id", pad_slot_id)
     if state.dim() == 4:
+        check_rank("A", A, (1, 3), "[heads] or [heads, head_dim, state]")
+        check_rank("dt", dt, range(2, 5), "[tokens, heads] or [tokens, heads, head_dim]")
+        if D is not None:
+            check_rank("D", D, (1, 2), "[heads] or [heads, head_dim]")
         A, dt, dt_bias, D = _tied(A, dt, dt_bias, D)
     tied = state.dim() == 4 and A.dim() == 1
 
@@ -125,7 +142,7 @@ def selective_state_update(
     check_tensor("B", B, (*tokens, *groups, size), "[tokens, groups, state]", device)
     check_tensor("C", C, (*tokens, *groups, size), "[tokens, groups, state], like B", device)
     if groups:
-        check_groups(groups[0], channels[0])
+        check_groups("B", groups[0], channels[0])
     if D is not None:
         by_head = len(channels) == 2 and D.dim() == 1
         check_tensor("D", D, channels[:1] if by_head else channels, "[heads] or [heads, head_dim]", device)
@@ -136,7 +153,14 @@ def selective_state_update(
 
     batch = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else tokens[0]
     _check_slots_arguments(
-        state, batch, state_batch_indices, dst_state_batch_indices, num_accepted_tokens, pad_slot_id, device
+        state,
+        batch,
+        state_batch_indices,
+        dst_state_batch_indices,
+        num_accepted_tokens,
+        pad_slot_id,
+        disable_state_update,
+        device,
     )
     if intermediate_states_buffer is not None:
         length = max_seqlen if max_seqlen is not None else tokens[1] if len(tokens) == 2 else 1
@@ -158,11 +182,15 @@ def selective_state_update(
             raise ValueError(f"intermediate_states_buffer: got {steps} steps a row, expected at least {length}")
         if intermediate_state_indices is not None:
             check_tensor("intermediate_state_indices", intermediate_state_indices, (batch,), "[batch]", device, INTEGER)
-            check_slots("intermediate_state_indices", intermediate_state_indices, rows, pad_slot_id)
+            check_slots("intermediate_state_indices", intermediate_state_indices, rows, pad_slot_id, written=True)
+        elif rows < batch:
+            raise ValueError(f"intermediate_states_buffer: got {rows} rows, expected {batch}, one a sequence")
     elif intermediate_state_indices is not None:
         raise ValueError("intermediate_state_indices: given without intermediate_states_buffer, expected both")
     if rand_seed is not None:
+        check_rank("rand_seed", rand_seed, range(9), "of one element")
         check_tensor("rand_seed", rand_seed.reshape(-1), (1,), "one element", device, (torch.int64,))
+        check_int("philox_rounds", philox_rounds)
         check_dtype("state (with rand_seed)", state, (torch.float16, torch.bfloat16))
         if philox_rounds <= 0:
             raise ValueError(f"philox_rounds: got {philox_rounds}, expected at least 1")
@@ -186,9 +214,7 @@ def selective_state_update(
     return result if out is None else out.copy_(result)
 
 
-def _tied(
-    A: Tensor, dt: Tensor, dt_bias: Tensor | None, D: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _tied(A: Tensor, dt: Tensor, dt_bias: Any, D: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One value a head where the caller expanded it, before the compiler can materialise the expansion."""
     expanded = A.dim() == 3 and A.stride(-1) == 0 and A.stride(-2) == 0 and dt.stride(-1) == 0
     if expanded and (dt_bias is None or dt_bias.stride(-1) == 0):
@@ -208,10 +234,10 @@ def _token_dims(x: Tensor, channel_dims: int, cu_seqlens: Tensor | None, max_seq
         )
     else:
         check_rank("x", x, (channel_dims + 1,), "[total_tokens, heads, head_dim], with cu_seqlens")
-        check_rank("cu_seqlens", cu_seqlens, (1,), "[batch + 1]")
-        check_tensor("cu_seqlens", cu_seqlens, cu_seqlens.shape, "[batch + 1]", x.device, INTEGER)
         if max_seqlen is None:
             raise ValueError("max_seqlen: got None with cu_seqlens, expected a bound on the tokens of one sequence")
+        check_longest("max_seqlen", max_seqlen)
+        check_packing("cu_seqlens", cu_seqlens, x.shape[0], x.device, max_seqlen)
     return tuple(x.shape[: x.dim() - channel_dims])
 
 
@@ -222,6 +248,7 @@ def _check_slots_arguments(
     write: Tensor | None,
     accepted: Tensor | None,
     pad_slot_id: int,
+    keep: bool,
     device: torch.device,
 ) -> None:
     if read is None:
@@ -237,7 +264,11 @@ def _check_slots_arguments(
         if slots is not None:
             check_rank(name, slots, (1, 2), "[batch] or [batch, columns]")
             check_tensor(name, slots, (batch, *slots.shape[1:]), "[batch] or [batch, columns]", device, INTEGER)
-            check_slots(name, slots, state.shape[0], pad_slot_id)
+            if slots.dim() == 2 and slots.shape[1] == 0:
+                raise ValueError(f"{name}: got no column, expected one for the state after each token")
+            target = not keep and (write is None or slots is write)
+            # Columns may hold slots that no token of this call writes.
+            check_slots(name, slots, state.shape[0], pad_slot_id, written=target and slots.dim() == 1)
     if accepted is not None:
         check_tensor("num_accepted_tokens", accepted, (batch,), "[batch]", device, INTEGER)
         if read.dim() != 2:
