@@ -45,7 +45,7 @@ def test_dispatch_knows_no_operation(path: Path) -> None:
     "path", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda path: f"{path.parent.name}-{path.stem}"
 )
 def test_operations_know_only_dispatch_and_each_other(path: Path) -> None:
-    assert all(name.split(".")[0] in ("dispatch", "ops") for name in _ours(path))
+    assert all(name.split(".")[0] in ("dispatch", "ops", "tuning") for name in _ours(path))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -56,7 +56,9 @@ def test_a_contract_needs_torch_and_dispatch_alone_and_backends_do_not_know_each
     for path in (folder / "op.py", *backends):
         for module in _ours(path):
             parts = module.split(".")
-            assert parts[0] == "dispatch" or (len(parts) == 2 and parts[1] in shared), f"{path.name} imports {module}"
+            own_kernels = parts[1:] in ([name], [name, "kernels"]) and path.stem == "triton"
+            down = parts[0] in ("dispatch", "tuning") or own_kernels or (len(parts) == 2 and parts[1] in shared)
+            assert down, f"{path.name} imports {module}"
     outside = {module.split(".")[0] for module in _imports(folder / "op.py")} - {"torch_mamba_ops", "torch", ""}
     assert outside <= set(sys.stdlib_module_names)
 

@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
+DRAWS = 8  # values that share a call of Philox: 16 bits each of its four words
 
 
-def stochastic_round(values: Tensor, dtype: torch.dtype, seed: Tensor, offsets: Tensor, rounds: int) -> Tensor:
+def stochastic_round(values: Tensor, dtype: torch.dtype, seed: Tensor, rows: Tensor, rounds: int) -> Tensor:
     """Rounds float32 values up or down at random, with a mean equal to the value.
 
+    Adds random bits below the last one that stays and cuts the rest off: towards zero, or away from it if they carry.
+
     Args:
-        values: float32.
+        values: float32 ``[..., size]``.
         dtype: torch.float16 or torch.bfloat16.
         seed: one int64 element. A tensor, so that a CUDA graph replayed with another seed draws other numbers.
-        offsets: int64, broadcastable to values: the element's position in its pool. Same seed and offset, same draw.
+        rows: int64 ``[...]``, each row's number in its pool. Same seed, row and place in the row, same draw.
         rounds: of Philox; 10 is the standard.
 
     Returns:
-        Values in dtype, at most one unit in the last place from the input.
+        Values in dtype, one of the two neighbours of the input; a float16 neighbour beyond the largest is infinity.
     """
-    info = torch.finfo(dtype)
-    mantissa_bits = -int(math.log2(info.eps))
-    dropped_bits = 23 - mantissa_bits
-    # The unit must be a normal float32 itself: bfloat16 values below 2**-119 round to multiples of 2**-126.
-    smallest_exponent = max(int(math.log2(info.smallest_normal)), mantissa_bits - 126)
-    _, exponent = torch.frexp(values)  # values = m * 2**exponent with m in [0.5, 1)
-    unit_exponent = (exponent - 1).clamp(min=smallest_exponent) - mantissa_bits
-    unit = ((unit_exponent.int() + 127) << 23).view(torch.float32)  # exact, which exp2 need not be
-    uniform = (philox(seed, offsets, rounds) & ((1 << dropped_bits) - 1)).float() * 2.0**-dropped_bits
-    rounded = torch.floor(values / unit + uniform) * unit
+    size = values.shape[-1]
+    calls = (size + DRAWS - 1) // DRAWS
+    counter = rows[..., None].long() * calls + torch.arange(calls, device=values.device)
+    words = torch.stack(philox(seed, counter, rounds), -1)
+    halves = torch.stack([words & 0xFFFF, words >> 16], -1).flatten(-3)  # [..., calls * DRAWS]
+    random = halves[..., torch.arange(size, device=values.device)].int()
+    bits = values.contiguous().view(torch.int32)
+    if dtype == torch.bfloat16:
+        rounded = ((bits + random) & -0x10000).view(torch.float32)
+    else:
+        rounded = ((bits + (random >> 3)) & -0x2000).view(torch.float32)
+        small = torch.floor(values.abs() * 2.0**24 + random * 2.0**-16) * 2.0**-24  # below the smallest normal number
+        rounded = torch.where(values.abs() < 2.0**-14, torch.copysign(small, values), rounded)
     return torch.where(torch.isfinite(values), rounded, values).to(dtype)
 
 
-def philox(seed: Tensor, offsets: Tensor, rounds: int) -> Tensor:
-    """The first 32-bit word of Philox-4x32 for the counter (offset, 0, 0), as int64 in [0, 2**32)."""
+def philox(seed: Tensor, offsets: Tensor, rounds: int) -> list[Tensor]:
+    """The four 32-bit words of Philox-4x32 for the counter (offset, 0, 0), as int64 in [0, 2**32)."""
     key = [seed.reshape(()).long() & _WORD, (seed.reshape(()).long() >> 32) & _WORD]
     offsets = offsets.long()
     zero = torch.zeros_like(offsets)
@@ -49,7 +53,7 @@ def philox(seed: Tensor, offsets: Tensor, rounds: int) -> Tensor:
         high1, low1 = _multiply(counter[2], _MULTIPLIERS[1])
         counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
         key = [(key[0] + _WEYL[0]) & _WORD, (key[1] + _WEYL[1]) & _WORD]
-    return counter[0]
+    return counter
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:

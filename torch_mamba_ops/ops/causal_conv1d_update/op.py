@@ -21,7 +21,7 @@ OP = Op(
     "Tensor? conv_state_indices, Tensor? num_accepted_tokens, Tensor? query_start_loc, *, str? activation, "
     "SymInt? max_query_len, int pad_slot_id, str backend) -> Tensor",
     fake=_fake,
-    auto=("reference",),
+    auto=("triton", "reference"),
     hints=("max_query_len",),
 )
 

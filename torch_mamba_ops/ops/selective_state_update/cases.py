@@ -125,7 +125,7 @@ CASES = (
     _small("slots_with_padding", replace(_BASE, read=(7, -1, 5)), "opcheck"),
     _small("all_padding", replace(_BASE, read=(-1, -1, -1))),
     _small("other_pad_slot", replace(_BASE, read=(7, 0, 5), extra={"pad_slot_id": 0})),
-    _small("destination_slots", replace(_BASE, read=_SLOTS, write=(1, -1, 2)), "opcheck"),
+    _small("destination_slots", replace(_BASE, read=_SLOTS, write=(1, -1, 3)), "opcheck"),
     _small("padded_page", replace(_BASE, read=_SLOTS, padded_page=True), "opcheck"),
     _small("bfloat16", replace(_BASE, read=_SLOTS, dtype=torch.bfloat16, state_dtype=torch.bfloat16)),
     _small("float16_state", replace(_BASE, read=_SLOTS, dtype=torch.bfloat16, state_dtype=torch.float16)),

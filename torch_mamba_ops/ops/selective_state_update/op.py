@@ -33,7 +33,7 @@ OP = Op(
     "Tensor? rand_seed, *, bool dt_softplus, int pad_slot_id, SymInt? max_seqlen, bool disable_state_update, "
     "int philox_rounds, str backend) -> Tensor",
     fake=_fake,
-    auto=("reference",),
+    auto=("triton", "reference"),
     hints=("max_seqlen",),
 )
 
@@ -89,7 +89,8 @@ def selective_state_update(
         state_batch_indices: int ``[batch]``, the slot of each sequence; None: sequence i has slot i. ``[batch,
             columns]`` for speculative decoding: a slot for the state after each token.
         dst_state_batch_indices: where states are written, if not where they are read. ``[batch]``: the state after the
-            last token; ``[batch, columns]``: the state after token i goes to column i.
+            last token; ``[batch, columns]``: the state after token i goes to column i. Not a
+            slot that another sequence reads.
         pad_slot_id: a sequence with this slot touches no state and its output is zero. As a destination: not written.
         cu_seqlens: int ``[batch + 1]``, first token of each sequence in a packed batch. Sequences of no token are left
             alone; tokens of no sequence get zero.
@@ -101,7 +102,7 @@ def selective_state_update(
         intermediate_state_indices: int ``[batch]``, the row of each sequence in that buffer; None: row i.
         disable_state_update: leave ``state`` alone (verify drafts, commit later).
         rand_seed: int64, one element; float16 and bfloat16 states are rounded stochastically (Philox, counted by the
-            element's place in the pool).
+            element's place in the pool). Not those in intermediate_states_buffer.
         philox_rounds: of that generator.
         out: like x; written and returned.
         backend: the backend's name; None: as chosen by context, process, environment or automatically.

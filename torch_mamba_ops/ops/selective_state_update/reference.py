@@ -105,10 +105,9 @@ def selective_state_update(
         def rounded(values: Tensor, slots: Tensor) -> Tensor:
             if rand_seed is None:
                 return values
-            size = values[0].numel()
-            within = torch.arange(size, device=values.device).view(values.shape[1:])
-            offsets = slots.view(-1, 1, 1, 1) * size + within
-            return stochastic_round(values, state.dtype, rand_seed, offsets, philox_rounds)
+            inner = torch.arange(values[0, ..., 0].numel(), device=values.device).view(values.shape[1:-1])
+            rows = slots.view(-1, 1, 1) * inner.numel() + inner
+            return stochastic_round(values, state.dtype, rand_seed, rows, philox_rounds)
 
         write = state_batch_indices if dst_state_batch_indices is None else dst_state_batch_indices
         _write(state, states, write, valid, pad_slot_id, tokens, rounded)

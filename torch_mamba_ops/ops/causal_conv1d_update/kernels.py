@@ -1,0 +1,304 @@
+"""The decode step of the convolution in Triton: one token a sequence at the speed of memory, and every other step."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def update_one_token(
+    conv_state_ptr,
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    conv_state_indices_ptr,
+    batch,
+    dim,
+    pad_slot_id,
+    x_stride,
+    out_stride,
+    slot_stride,
+    column_stride,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COLUMNS_INNERMOST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_INDICES: tl.constexpr,
+    SILU: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One token of SEQUENCES sequences, for GROUPS * GROUP channels that lie side by side.
+
+    A thread has whole groups of channels. Memory is read and written in tiles [GROUPS, GROUP] whose rows are one access
+    of 16 bytes: one column of a group or, where columns (or taps) are innermost, a part of all its columns, which are
+    told apart in registers.
+    """
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[:, None]
+    lane = tl.arange(0, GROUP)[None, :]
+    inside = group < dim // GROUP
+    # Groups and sequences beyond the last one load it again: loads without a mask are sent off earlier.
+    group = tl.minimum(group, dim // GROUP - 1)
+    channel = group * GROUP + lane
+
+    sequences = ()
+    for i in tl.static_range(SEQUENCES):
+        sequence = tl.program_id(0).to(tl.int64) * SEQUENCES + i
+        present = sequence < batch
+        sequence = tl.minimum(sequence, batch - 1)
+        slot = sequence
+        valid = present
+        if HAS_INDICES:
+            slot = tl.load(conv_state_indices_ptr + sequence).to(tl.int64)
+            valid = present & (slot != pad_slot_id)
+        sequences += ((sequence, conv_state_ptr + slot * slot_stride, present, valid),)
+
+    weights = ()
+    for part in tl.static_range(WIDTH):
+        place = group * (GROUP * WIDTH) + (part * GROUP + lane)
+        weights += (tl.load(weight_ptr + place),)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channel)
+    tokens = ()
+    for i in tl.static_range(SEQUENCES):
+        sequence, page_ptr, present, valid = sequences[i]
+        tokens += (tl.load(x_ptr + sequence * x_stride + channel),)
+    pages = ()
+    for i in tl.static_range(SEQUENCES):
+        sequence, page_ptr, present, valid = sequences[i]
+        parts = ()
+        for part in tl.static_range(COLUMNS):
+            if COLUMNS_INNERMOST:
+                place = group * (GROUP * COLUMNS) + (part * GROUP + lane)
+                parts += (tl.load(page_ptr + place, mask=valid, other=0.0),)
+            else:
+                parts += (tl.load(page_ptr + channel, mask=valid, other=0.0),)
+                page_ptr += column_stride
+        pages += (parts,)
+
+    # Where addresses are not aligned, the thread that stores an element need not be the one that loaded it.
+    tl.debug_barrier()
+    taps = _dealt(weights, WIDTH, GROUP)
+    for i in tl.static_range(SEQUENCES):
+        sequence, page_ptr, present, valid = sequences[i]
+        columns = pages[i]
+        if COLUMNS_INNERMOST:
+            columns = _dealt(columns, COLUMNS, GROUP)
+        y = tl.zeros([GROUPS, GROUP], tl.float32)
+        for tap in tl.static_range(WIDTH - 1):
+            y += columns[COLUMNS - (WIDTH - 1) + tap].to(tl.float32) * taps[tap].to(tl.float32)
+        y += tokens[i].to(tl.float32) * taps[WIDTH - 1].to(tl.float32)
+        if HAS_BIAS:
+            y += bias.to(tl.float32)
+        if SILU:
+            y *= tl.sigmoid(y)
+        y = tl.where(valid, y, 0.0).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + sequence * out_stride + channel, y, mask=inside & present)
+
+        parts = ()
+        for column in tl.static_range(1, COLUMNS):
+            parts += (columns[column],)
+        parts += (tokens[i].to(conv_state_ptr.dtype.element_ty),)
+        if COLUMNS_INNERMOST:
+            parts = _collected(parts, COLUMNS, GROUP)
+        for part in tl.static_range(COLUMNS):
+            if COLUMNS_INNERMOST:
+                place = group * (GROUP * COLUMNS) + (part * GROUP + lane)
+                tl.store(page_ptr + place, parts[part], mask=inside & valid)
+            else:
+                tl.store(page_ptr + channel, parts[part], mask=inside & valid)
+                page_ptr += column_stride
+
+
+@triton.jit
+def _dealt(parts, COUNT: tl.constexpr, GROUP: tl.constexpr):
+    """COUNT tiles [groups, GROUP] that hold, one after the other, COUNT numbers of each channel: tile i of the result
+    has the i-th of every channel."""
+    if COUNT == 1:
+        return parts
+    flat = ()
+    for part in tl.static_range(COUNT):
+        flat += _lanes(parts[part], GROUP)
+    tiles = ()
+    for i in tl.static_range(COUNT):
+        lanes = ()
+        for lane in tl.static_range(GROUP):
+            lanes += (flat[lane * COUNT + i],)
+        tiles += (_tile(lanes, GROUP),)
+    return tiles
+
+
+@triton.jit
+def _collected(tiles, COUNT: tl.constexpr, GROUP: tl.constexpr):
+    """The inverse of `_dealt`."""
+    if COUNT == 1:
+        return tiles
+    lanes = ()
+    for i in tl.static_range(COUNT):
+        lanes += _lanes(tiles[i], GROUP)
+    parts = ()
+    for part in tl.static_range(COUNT):
+        flat = ()
+        for lane in tl.static_range(GROUP):
+            flat += (lanes[(part * GROUP + lane) % COUNT * GROUP + (part * GROUP + lane) // COUNT],)
+        parts += (_tile(flat, GROUP),)
+    return parts
+
+
+@triton.jit
+def _lanes(tile, GROUP: tl.constexpr):
+    """The columns of a tile [groups, GROUP], GROUP 4 or 8."""
+    even, odd = tl.split(tl.reshape(tile, [tile.shape[0], GROUP // 2, 2]))
+    if GROUP == 4:
+        a, c = tl.split(even)
+        b, d = tl.split(odd)
+        return a, b, c, d
+    else:
+        a, c, e, g = _lanes(even, 4)
+        b, d, f, h = _lanes(odd, 4)
+        return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def _tile(lanes, GROUP: tl.constexpr):
+    """The inverse of `_lanes`."""
+    if GROUP == 4:
+        even = tl.join(lanes[0], lanes[2])
+        odd = tl.join(lanes[1], lanes[3])
+    else:
+        even = _tile((lanes[0], lanes[2], lanes[4], lanes[6]), 4)
+        odd = _tile((lanes[1], lanes[3], lanes[5], lanes[7]), 4)
+    return tl.reshape(tl.join(even, odd), [even.shape[0], GROUP])
+
+
+@triton.jit
+def update_tokens(
+    conv_state_ptr,
+    out_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    conv_state_indices_ptr,
+    cache_seqlens_ptr,
+    num_accepted_tokens_ptr,
+    query_start_loc_ptr,
+    dim,
+    length,
+    columns,
+    pad_slot_id,
+    x_sequence_stride,
+    x_dim_stride,
+    x_token_stride,
+    out_sequence_stride,
+    out_dim_stride,
+    out_token_stride,
+    slot_stride,
+    state_dim_stride,
+    column_stride,
+    weight_dim_stride,
+    weight_tap_stride,
+    bias_stride,
+    WIDTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_INDICES: tl.constexpr,
+    RING: tl.constexpr,
+    ACCEPTED: tl.constexpr,
+    PACKED: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """All tokens of one sequence, for a block of channels: any strides, any option. CHUNK columns move at a time."""
+    sequence = tl.program_id(0).to(tl.int64)
+    channel = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    inside = channel < dim
+    # Triton makes arguments that are 1 constants; as tensors they behave like all others.
+    columns = tl.full([], columns, tl.int32)
+    if PACKED:
+        first = tl.load(query_start_loc_ptr + sequence).to(tl.int64)
+        count = (tl.load(query_start_loc_ptr + sequence + 1).to(tl.int64) - first).to(tl.int32)
+        x_ptr += first * x_token_stride
+        out_ptr += first * out_token_stride
+    else:
+        count = tl.full([], length, tl.int32)
+        x_ptr += sequence * x_sequence_stride
+        out_ptr += sequence * out_sequence_stride
+    slot = sequence
+    touched = count > 0
+    if HAS_INDICES:
+        slot = tl.load(conv_state_indices_ptr + sequence).to(tl.int64)
+        touched = touched & (slot != pad_slot_id)
+    x_ptrs = x_ptr + channel * x_dim_stride
+    out_ptrs = out_ptr + channel * out_dim_stride
+    state_ptrs = conv_state_ptr + slot * slot_stride + channel * state_dim_stride
+    state_mask = inside & touched
+
+    oldest = columns - (WIDTH - 1)
+    if ACCEPTED:
+        accepted = tl.maximum(tl.load(num_accepted_tokens_ptr + sequence), 1).to(tl.int32)
+        oldest = accepted - 1
+    if RING:
+        place = (tl.load(cache_seqlens_ptr + sequence) % columns).to(tl.int32)  # where the next token goes
+        place = tl.where(place < 0, place + columns, place)
+        oldest += place
+    window = ()
+    for i in tl.static_range(WIDTH - 1):
+        column = oldest + i
+        if RING:
+            column = tl.where(column >= columns, column - columns, column)
+        column = tl.minimum(column, columns - 1).to(tl.int64)
+        window += (tl.load(state_ptrs + column * column_stride, mask=state_mask, other=0.0).to(tl.float32),)
+    taps = ()
+    tap_ptrs = weight_ptr + channel * weight_dim_stride
+    for _ in tl.static_range(WIDTH):
+        taps += (tl.load(tap_ptrs, mask=inside, other=0.0).to(tl.float32),)
+        tap_ptrs += weight_tap_stride
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channel * bias_stride, mask=inside, other=0.0).to(tl.float32)
+    if RING:
+        tl.debug_barrier()  # a thread may store to the ring what another one loads from it
+
+    token_ptrs = x_ptrs
+    for _ in range(count):
+        token = tl.load(token_ptrs, mask=inside, other=0.0)
+        inputs = window
+        inputs += (token.to(tl.float32),)
+        y = inputs[0] * taps[0]
+        for i in tl.static_range(1, WIDTH):
+            y += inputs[i] * taps[i]
+        if HAS_BIAS:
+            y += bias
+        if SILU:
+            y *= tl.sigmoid(y)
+        tl.store(out_ptrs, tl.where(touched, y, 0.0).to(out_ptr.dtype.element_ty), mask=inside)
+        if RING:
+            value = token.to(conv_state_ptr.dtype.element_ty)
+            tl.store(state_ptrs + place.to(tl.int64) * column_stride, value, mask=state_mask)
+            place = tl.where(place == columns - 1, 0, place + 1)
+        window = inputs[1:]
+        token_ptrs += x_token_stride
+        out_ptrs += out_token_stride
+
+    if not RING:
+        # The first columns come from further right, the next ones are the new tokens, and the rest stays.
+        shift = count
+        kept = columns - count
+        stop = columns
+        if ACCEPTED:
+            shift = accepted
+            kept = tl.full([], WIDTH - 2, tl.int32)
+            stop = tl.minimum(kept + count, columns)
+        for start in range(0, columns, CHUNK):
+            target = start + tl.arange(0, CHUNK)
+            mask = state_mask[:, None] & (target < stop)[None, :]
+            moves = (target < kept)[None, :]
+            source = tl.minimum(target + shift, columns - 1).to(tl.int64)[None, :]
+            old = tl.load(state_ptrs[:, None] + source * column_stride, mask=mask & moves, other=0.0)
+            source = (target - kept).to(tl.int64)[None, :]
+            new = tl.load(x_ptrs[:, None] + source * x_token_stride, mask=mask & (target >= kept)[None, :], other=0.0)
+            moved = tl.where(moves, old, new.to(conv_state_ptr.dtype.element_ty))
+            tl.debug_barrier()  # a thread may store to columns that another one loads
+            tl.store(state_ptrs[:, None] + target.to(tl.int64)[None, :] * column_stride, moved, mask=mask)
