@@ -33,7 +33,7 @@ def configs(shape: Shape) -> Iterator[dict[str, Any]]:
     """Blocks of channels and warps such that a warp holds a sensible part of a state."""
     block_n = max(8, 1 << (shape.state - 1).bit_length())
     for block_p, warps in itertools.product((4, 8, 16, 32, 64, 128), (1, 2, 4, 8)):
-        if block_p <= 1 << (shape.head_dim - 1).bit_length() and 256 <= block_p * block_n // warps <= 4096:
+        if block_p <= 1 << (shape.head_dim - 1).bit_length() and 128 <= block_p * block_n // warps <= 4096:
             yield {"BLOCK_P": block_p, "BLOCK_N": block_n, "num_warps": warps}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from torch_mamba_ops import tuning
+from torch_mamba_ops.tuning import generation
 
 # As Triton reads it, once. The interpreter runs kernels on CPU tensors, for tests.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -28,7 +28,9 @@ def reasons_against_triton(tensor: Tensor) -> list[str]:
     found = []
     if not _INSTALLED:
         found.append("it needs triton, which is not installed: pip install triton")
-    if not (tensor.is_cuda or INTERPRET):
+    if INTERPRET and torch.compiler.is_compiling():
+        found.append("Triton's interpreter (TRITON_INTERPRET=1) cannot be compiled")
+    elif not (tensor.is_cuda or INTERPRET):
         found.append(f"it runs on CUDA devices, and the tensors are on {tensor.device.type}")
     return found
 
@@ -81,20 +83,24 @@ def _trace(made: Launch) -> None:
     torch.library.wrap_triton(made.kernel)[made.grid](**tensors, **made.options)
 
 
-_Started = tuple[Callable[..., Any], list[Any], list[tuple[int, int]]]
+# The launcher, the function and its metadata; the grid; all arguments, and which of them are addresses of which tensor.
+_Started = tuple[tuple[Any, Any, Any], tuple[int, ...], list[Any], list[tuple[int, int]]]
 _started: dict[tuple[Any, ...], _Started | None] = {}
 _KEPT = 4096  # plans; packed batches have ever new sizes
 
 
 def _start(plan: Callable[..., Launch], given: tuple[Any, ...]) -> None:
-    key = (
-        plan,
-        tuning.generation(),
-        *(
-            (v.shape, v.stride(), v.dtype, v.data_ptr() % 16, v.device.index) if isinstance(v, Tensor) else v
-            for v in given
-        ),
-    )
+    parts: list[Any] = [plan, generation(), given[0].device.index]
+    addresses: list[int] = []
+    for value in given:
+        if isinstance(value, Tensor):
+            address = value.data_ptr()
+            parts += (value.shape, value.stride(), value.dtype, address % 16)
+            addresses.append(address)
+        else:
+            parts.append(value)
+            addresses.append(0)
+    key = tuple(parts)
     if key not in _started:
         if len(_started) >= _KEPT:
             _started.clear()
@@ -102,15 +108,16 @@ def _start(plan: Callable[..., Launch], given: tuple[Any, ...]) -> None:
         return
     found = _started[key]
     if found is not None:
-        run, arguments, places = found
+        (run, function, metadata), grid, arguments, places = found
         arguments = arguments.copy()
         for place, source in places:
-            arguments[place] = given[source]
-        run(*arguments)
+            arguments[place] = addresses[source]  # numbers: Triton asks the driver about each tensor
+        stream = torch._C._cuda_getCurrentRawStream(parts[2])
+        run(*grid, stream, function, metadata, None, None, None, *arguments)
 
 
 def _first_start(key: tuple[Any, ...], made: Launch, given: tuple[Any, ...]) -> None:
-    """Starts it as Triton does, compiling if need be, and keeps what a later call changes: the tensors."""
+    """Starts it as Triton does, compiling if need be, and keeps what a later call changes: the addresses."""
     if 0 in made.grid:
         _started[key] = None
         return
@@ -125,4 +132,5 @@ def _first_start(key: tuple[Any, ...], made: Launch, given: tuple[Any, ...]) -> 
         for place, name in enumerate(made.kernel.arg_names)
         if made.tensors.get(name) is not None
     ]
-    _started[key] = (compiled[(*made.grid, 1, 1)[:3]], arguments, places)
+    launcher = (compiled.run, compiled.function, compiled.packed_metadata)
+    _started[key] = (launcher, (*made.grid, 1, 1)[:3], arguments, places)

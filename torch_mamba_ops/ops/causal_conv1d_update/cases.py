@@ -72,6 +72,7 @@ def _model(name: str, dim: int) -> Case:
 
 
 _BASE = _Step()
+_VECTORS = replace(_BASE, dim=528, dtype=torch.bfloat16, state_dtype=torch.bfloat16)
 _PACKED = replace(_BASE, lengths=(2, 0, 3))
 
 CASES = (
@@ -99,6 +100,13 @@ CASES = (
     _small("packed_ring_padding", replace(_PACKED, columns=5, seen=(2, 1, 6), slots=(6, 1, -1))),
     _small("bfloat16", replace(_BASE, dtype=torch.bfloat16, state_dtype=torch.bfloat16)),
     _small("float32_window", replace(_BASE, dtype=torch.bfloat16)),
+    # Sizes that GPU kernels load in whole vectors.
+    *(
+        _small(f"vectors_{layout.lower()}_{columns}", replace(_VECTORS, layout=layout, columns=columns))
+        for layout in ("SD", "DS")
+        for columns in (3, 4)
+    ),
+    _small("vectors_no_slots_width_2", replace(_VECTORS, width=2, columns=1, slots=None, bias=False)),
     _model("nemotron_h_8b", 10240),
     _model("bamba_9b", 8448),
     _model("nemotron_nano_9b_v2", 12288),

@@ -169,7 +169,7 @@ def _config(batch: int) -> tuple[int, int]:
     Two sequences share the weights that are loaded, and the assembler has all of their loads on the way before the
     first use; with one it saves registers and waits in between.
     """
-    return (1 if isinstance(batch, int) and batch == 1 else 2), 2
+    return (1, 1) if isinstance(batch, int) and batch == 1 else (2, 2)
 
 
 def _blocks(count: int, size: int) -> int:

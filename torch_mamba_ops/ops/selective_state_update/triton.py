@@ -57,7 +57,8 @@ def selective_state_update(
 ) -> Tensor:
     """See ``op.selective_state_update``."""
     # Tokens of no sequence are no program's.
-    out = x.new_empty(x.shape) if cu_seqlens is None else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    allocate = torch.empty_like if cu_seqlens is None else torch.zeros_like
+    out = allocate(x, memory_format=torch.contiguous_format)
     launch(
         _plan, state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices, cu_seqlens,
         num_accepted_tokens, intermediate_states_buffer, intermediate_state_indices, rand_seed, out, dt_softplus,
