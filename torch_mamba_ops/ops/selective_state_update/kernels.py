@@ -49,32 +49,59 @@ def stochastic_round(values, random, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def update(
-    state,
+def read_token(
     x,
     dt,
-    A,
     B,
     C,
-    D,
     z,
-    dt_bias,
+    bias,
+    channel,
+    n,
+    in_p,
+    in_n,
+    there,
+    X_DIM: tl.constexpr,
+    DT_DIM: tl.constexpr,
+    B_N: tl.constexpr,
+    C_N: tl.constexpr,
+    Z_DIM: tl.constexpr,
     DT_SOFTPLUS: tl.constexpr,
     TIED: tl.constexpr,
-    HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
     HAS_DT_BIAS: tl.constexpr,
 ):
-    """One token: the new state ``[P, N]`` and the output ``[P]``, all float32. Tied: dt, A, dt_bias are scalars;
-    otherwise ``[P]``, ``[P, N]``, ``[P]``. ``D`` is ``[P]`` or a scalar."""
-    if HAS_DT_BIAS:
-        dt += dt_bias
-    if DT_SOFTPLUS:
-        dt = softplus(dt)
+    """A token's x ``[P]``, step size (a scalar if tied, else ``[P]``), B and C ``[N]`` and gate, in float32; zero if it
+    is not there."""
     if TIED:
-        state = state * tl.exp(dt * A) + (dt * x)[:, None] * B[None, :]
+        step = tl.load(dt, there, 0.0).to(tl.float32)
     else:
-        state = state * tl.exp(dt[:, None] * A) + (dt * x)[:, None] * B[None, :]
+        step = tl.load(dt + channel * DT_DIM, in_p & there, 0.0).to(tl.float32)
+    if HAS_DT_BIAS:
+        step += bias
+    if DT_SOFTPLUS:
+        step = softplus(step)
+    gate = 0.0
+    if HAS_Z:
+        gate = tl.load(z + channel * Z_DIM, in_p & there, 0.0).to(tl.float32)
+    return (
+        tl.load(x + channel * X_DIM, in_p & there, 0.0).to(tl.float32),
+        step,
+        tl.load(B + n * B_N, in_n & there, 0.0).to(tl.float32),
+        tl.load(C + n * C_N, in_n & there, 0.0).to(tl.float32),
+        gate,
+    )
+
+
+@triton.jit
+def update(state, x, step, A, B, C, D, z, TIED: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr):
+    """One token: the new state ``[P, N]`` and the output ``[P]``, all float32. ``A`` is a scalar if tied, else
+    ``[P, N]``; ``D`` is ``[P]`` or a scalar."""
+    if TIED:
+        decay = tl.exp(step * A)
+    else:
+        decay = tl.exp(step[:, None] * A)
+    state = state * decay + (step * x)[:, None] * B[None, :]
     y = tl.sum(state * C[None, :], axis=1)
     if HAS_D:
         y += D * x
@@ -236,15 +263,7 @@ def selective_state_update(
         if HAS_ACCEPTED:
             column = tl.minimum(tl.maximum(tl.load(accepted + sequence).to(tl.int32) - 1, 0), read_columns - 1)
         slot = tl.load(read_slots + sequence * read_row + column * read_column).to(tl.int64)
-        if slot == pad_slot_id:
-            for _ in range(tokens):
-                tl.store(out + channel * OUT_DIM, tl.zeros((BLOCK_P,), out.dtype.element_ty), in_p)
-                out += out_token
-            return
-
-    state += head * STATE_HEAD
-    at = channel[:, None] * STATE_DIM + n[None, :] * STATE_N
-    values = tl.load(state + slot * state_slot + at, tile, 0.0).to(tl.float32)
+    # While the slot is on its way, so that all but the state is ready when the state comes.
     if TIED:
         rate = tl.load(A + head * A_HEAD).to(tl.float32)
     else:
@@ -261,6 +280,21 @@ def selective_state_update(
             bias = tl.load(dt_bias + head * DT_BIAS_HEAD).to(tl.float32)
         else:
             bias = tl.load(dt_bias + head * DT_BIAS_HEAD + channel * DT_BIAS_DIM, in_p, 0.0).to(tl.float32)
+    inputs, step, to_state, from_state, gate = read_token(
+        x, dt, B, C, z, bias, channel, n, in_p, in_n, True,
+        X_DIM, DT_DIM, B_N, C_N, Z_DIM, DT_SOFTPLUS, TIED, HAS_Z, HAS_DT_BIAS,
+    )  # fmt: skip
+
+    if HAS_SLOTS:
+        if slot == pad_slot_id:
+            for _ in range(tokens):
+                tl.store(out + channel * OUT_DIM, tl.zeros((BLOCK_P,), out.dtype.element_ty), in_p)
+                out += out_token
+            return
+
+    state += head * STATE_HEAD
+    at = channel[:, None] * STATE_DIM + n[None, :] * STATE_N
+    values = tl.load(state + slot * state_slot + at, tile, 0.0).to(tl.float32)
     seed = 0
     if STOCHASTIC:
         seed = tl.load(rand_seed)
@@ -274,36 +308,20 @@ def selective_state_update(
         buffer_at = channel[:, None] * BUFFER_DIM + n[None, :] * BUFFER_N
 
     for token in range(1 if ONE_TOKEN else tokens):
-        if TIED:
-            step = tl.load(dt).to(tl.float32)
-        else:
-            step = tl.load(dt + channel * DT_DIM, in_p, 0.0).to(tl.float32)
-        gate = 0.0
-        if HAS_Z:
-            gate = tl.load(z + channel * Z_DIM, in_p, 0.0).to(tl.float32)
-            z += z_token
-        values, y = update(
-            values,
-            tl.load(x + channel * X_DIM, in_p, 0.0).to(tl.float32),
-            step,
-            rate,
-            tl.load(B + n * B_N, in_n, 0.0).to(tl.float32),
-            tl.load(C + n * C_N, in_n, 0.0).to(tl.float32),
-            skip,
-            gate,
-            bias,
-            DT_SOFTPLUS,
-            TIED,
-            HAS_D,
-            HAS_Z,
-            HAS_DT_BIAS,
-        )
+        values, y = update(values, inputs, step, rate, to_state, from_state, skip, gate, TIED, HAS_D, HAS_Z)
         tl.store(out + channel * OUT_DIM, y.to(out.dtype.element_ty), in_p)
-        x += x_token
-        dt += dt_token
-        B += B_token
-        C += C_token
         out += out_token
+        if not ONE_TOKEN:
+            x += x_token
+            dt += dt_token
+            B += B_token
+            C += C_token
+            if HAS_Z:
+                z += z_token
+            inputs, step, to_state, from_state, gate = read_token(
+                x, dt, B, C, z, bias, channel, n, in_p, in_n, token + 1 < tokens,
+                X_DIM, DT_DIM, B_N, C_N, Z_DIM, DT_SOFTPLUS, TIED, HAS_Z, HAS_DT_BIAS,
+            )  # fmt: skip
         if HAS_BUFFER:
             tl.store(buffer + buffer_at, values.to(buffer.dtype.element_ty), tile & keep)
             buffer += buffer_step
