@@ -12,83 +12,149 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import decode
 import torch
 import triton
-from decode import BF16, F32, Arguments, Run, Shape, Step
+from decode import BF16, CONV_DIM, F32, WIDTH, Arguments, Run, Shape, Step
 
 from torch_mamba_ops.tuning import key_of, use_config
 from torch_mamba_ops.tuning.ladder import table_name
 
-OP = "selective_state_update"
 # Of the models in ops/selective_state_update/cases.py. What counts is head_dim and state; heads only multiply the work.
 SHAPES = (Shape(128, 8), Shape(128, 8, head_dim=80), Shape(24, 1, head_dim=128, state=256), Shape(112, 2, state=64))
 
 
-def configs(shape: Shape) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class Problem:
+    """What one entry of a table is for.
+
+    Attributes:
+        op: the operation.
+        key: of the entry.
+        work: of one sequence.
+        make: draws a call's arguments for a batch.
+        touched: bytes of one sequence that a call reads or writes.
+        shared: arguments that all calls share.
+        ours: our steps by backend.
+        configs: to try.
+    """
+
+    op: str
+    key: str
+    work: int
+    make: Callable[[int], Arguments]
+    touched: int
+    shared: tuple[str, ...]
+    ours: Callable[[str], Callable[[], Step]]
+    configs: tuple[dict[str, Any], ...]
+
+
+def state_updates() -> Iterator[Problem]:
     """Blocks of channels and warps such that a warp holds a sensible part of a state."""
-    block_n = max(8, 1 << (shape.state - 1).bit_length())
-    for block_p, warps in itertools.product((4, 8, 16, 32, 64, 128), (1, 2, 4, 8)):
-        if block_p <= 1 << (shape.head_dim - 1).bit_length() and 128 <= block_p * block_n // warps <= 4096:
-            yield {"BLOCK_P": block_p, "BLOCK_N": block_n, "num_warps": warps}
+    for shape, dtype in itertools.product(SHAPES, (F32, BF16)):
+        block_n = max(8, 1 << (shape.state - 1).bit_length())
+        yield Problem(
+            op="selective_state_update",
+            key=key_of(dtype, P=shape.head_dim, N=shape.state),
+            work=shape.heads,
+            make=lambda batch, shape=shape, dtype=dtype: decode.ssu_arguments(
+                shape, batch, dtype, torch.device("cuda")
+            ),
+            touched=shape.heads * shape.head_dim * shape.state * dtype.itemsize,
+            shared=("A", "D", "dt_bias"),
+            ours=decode.ssu_ours,
+            configs=tuple(
+                {"BLOCK_P": block_p, "BLOCK_N": block_n, "num_warps": warps}
+                for block_p, warps in itertools.product((4, 8, 16, 32, 64, 128), (1, 2, 4, 8))
+                if block_p <= 1 << (shape.head_dim - 1).bit_length() and 128 <= block_p * block_n // warps <= 4096
+            ),
+        )
 
 
-def step_with(config: dict[str, Any], ours: Step) -> Step:
-    """Our step with its config given."""
+def convolutions() -> Iterator[Problem]:
+    """Sequences and warps of a program, in both layouts of the pool."""
+    for layout in ("SD", "DS"):
+        yield Problem(
+            op="causal_conv1d_update",
+            key=key_of(BF16, W=WIDTH, K=WIDTH - 1, DS=int(layout == "DS")),
+            work=CONV_DIM,
+            make=lambda batch, layout=layout: decode.conv_arguments(batch, layout, torch.device("cuda")),
+            touched=CONV_DIM * 2 * (WIDTH - 1 + 2),
+            shared=("weight", "bias"),
+            ours=decode.conv_ours,
+            configs=tuple(
+                {"SEQUENCES": sequences, "num_warps": warps}
+                for sequences, warps in itertools.product((1, 2, 4), (1, 2, 4, 8))
+            ),
+        )
 
+
+def tune(run: Run, problem: Problem, batch: int) -> dict[str, float]:
+    """Microseconds of each right config, as JSON."""
+
+    def make() -> Arguments:
+        return problem.make(batch)
+
+    ours = problem.ours("triton")()
+    steps = {json.dumps(config): _step_with(problem.op, config, ours) for config in problem.configs}
+    steps = decode.right(steps, make, problem.ours("reference")())
+    return decode.device_times(run, steps, decode.pools(make, batch * problem.touched, problem.shared, dry=False))
+
+
+def _step_with(op: str, config: dict[str, Any], ours: Step) -> Step:
     def step(a: Arguments) -> torch.Tensor:
-        with use_config(OP, config):
+        with use_config(op, config):
             return ours(a)
 
     return step
 
 
-def tune(run: Run, shape: Shape, dtype: torch.dtype, batch: int) -> dict[str, float]:
-    """Microseconds of each config, as JSON."""
-
-    def make() -> Arguments:
-        return decode.ssu_arguments(shape, batch, dtype, run.device)
-
-    ours = decode.ssu_ours("triton")()
-    steps = {json.dumps(config): step_with(config, ours) for config in configs(shape)}
-    steps = decode.right(steps, make, decode.ssu_ours("reference")())
-    touched = batch * shape.heads * shape.head_dim * shape.state * dtype.itemsize
-    return decode.device_times(run, steps, decode.pools(make, touched, ("A", "D", "dt_bias"), dry=False))
+PROBLEMS = {"selective_state_update": state_updates, "causal_conv1d_update": convolutions}
 
 
 def main() -> None:
     """Tunes, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", help=f"of {', '.join(PROBLEMS)}; others keep what the table has")
     parser.add_argument("--out", type=Path, required=True, help="folder of the table")
-    parser.add_argument("--first", type=int, help="only so many shapes")
     options = parser.parse_args()
     run = Run(quick=True, dry=False, reference=False)
-    table: dict[str, Any] = {}
+    path = options.out / f"{table_name(torch.device('cuda'))}.json"
+    table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    table["made_by"] = f"benchmarks/tune.py, torch {torch.__version__}, triton {triton.__version__}"
     log: list[str] = []
-    for shape, dtype in itertools.product(SHAPES[: options.first], (F32, BF16)):
+    for problem in itertools.chain.from_iterable(PROBLEMS[op]() for op in options.ops or PROBLEMS):
         entries: list[tuple[int, dict[str, Any]]] = []
-        key = key_of(dtype, P=shape.head_dim, N=shape.state)
         for batch in decode.BATCHES:
             began = time.perf_counter()
-            found = sorted(tune(run, shape, dtype, batch).items(), key=lambda item: item[1])
-            log += [f"{key}, {batch} x {shape.heads}: {took:.2f} us {config}" for config, took in found]
+            found = sorted(tune(run, problem, batch).items(), key=lambda item: item[1])
+            log += [f"{problem.op} {problem.key}, {batch}: {took:.2f} us {config}" for config, took in found]
             best, took = found[0]
-            print(f"{key} batch {batch}: {took:.2f} us {best} ({time.perf_counter() - began:.0f} s)", flush=True)
+            print(
+                f"{problem.key} batch {batch}: {took:.2f} us {best} ({time.perf_counter() - began:.0f} s)", flush=True
+            )
             if not entries or entries[-1][1] != json.loads(best):
-                entries.append((batch * shape.heads, json.loads(best)))
+                entries.append((batch * problem.work, json.loads(best)))
             decode._release(run)
-        table[key] = entries
-    made_by = f"benchmarks/tune.py, torch {torch.__version__}, triton {triton.__version__}"
-    lines = [f"  {json.dumps(key)}: {json.dumps(entries)}" for key, entries in table.items()]
-    text = f'{{"made_by": {json.dumps(made_by)},\n "{OP}": {{\n' + ",\n".join(lines) + "\n}}\n"
+        table.setdefault(problem.op, {})[problem.key] = entries
     options.out.mkdir(parents=True, exist_ok=True)
-    name = table_name(torch.device("cuda"))
-    (options.out / f"{name}.json").write_text(text)
-    (options.out / f"{name}.log").write_text("\n".join(log) + "\n")
+    path.write_text(_readable(table))
+    path.with_suffix(".log").write_text("\n".join(log) + "\n")
+
+
+def _readable(table: dict[str, Any]) -> str:
+    """JSON with a line for each key."""
+    parts = [f'"made_by": {json.dumps(table["made_by"])}']
+    for op, keys in table.items():
+        if isinstance(keys, dict):
+            lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(entries)}" for key, entries in keys.items())
+            parts.append(f"{json.dumps(op)}: {{\n{lines}\n}}")
+    return "{" + ",\n".join(parts) + "}\n"
 
 
 if __name__ == "__main__":

@@ -172,9 +172,11 @@ def _shipped() -> Iterator[Any]:
 
 
 def _arguments_for(key: str, device: str, batch: int = 5) -> dict[str, Any]:
-    """A decode step of the state update that a table's key is for."""
-    dtype, head_dim, size = key.split()
-    heads, channels, state = 4, int(head_dim[1:]), int(size[1:])
+    """A decode step that a table's key is for."""
+    dtype, *sizes = key.split()
+    if len(sizes) == 3:
+        return _window_arguments(getattr(torch, dtype), *(int(size.lstrip("WKDS")) for size in sizes), device, batch)
+    heads, channels, state = 4, *(int(size[1:]) for size in sizes)
 
     def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(shape, device=device).to(dtype)
@@ -190,6 +192,21 @@ def _arguments_for(key: str, device: str, batch: int = 5) -> dict[str, Any]:
         "dt_bias": torch.rand(heads, device=device) - 4,
         "dt_softplus": True,
         "state_batch_indices": torch.randperm(batch + 2, device=device)[:batch].int(),
+    }
+
+
+def _window_arguments(
+    dtype: torch.dtype, width: int, columns: int, columns_innermost: int, device: str, batch: int
+) -> dict[str, Any]:
+    dim = 528
+    pool = torch.randn(batch + 2, columns, dim, device=device).to(dtype).transpose(1, 2)
+    return {
+        "x": torch.randn(batch, dim, device=device).to(dtype),
+        "conv_state": pool.contiguous() if columns_innermost else pool,
+        "weight": torch.randn(dim, width, device=device).to(dtype),
+        "bias": torch.randn(dim, device=device).to(dtype),
+        "activation": "silu",
+        "conv_state_indices": torch.randperm(batch + 2, device=device)[:batch].int(),
     }
 
 

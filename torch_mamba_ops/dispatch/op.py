@@ -139,10 +139,14 @@ class Op:
         return value is not None and name not in self.hints and value != self.defaults.get(name, False)
 
     def _check_mutated(self, tensors: tuple[Any, ...]) -> None:
-        written = {self.tensors[i]: tensors[i] for i in self.mutated if tensors[i] is not None}
-        for position, (name, tensor) in enumerate(written.items()):
-            check_writable(name, tensor)
-            check_disjoint(name, tensor, dict(list(written.items())[:position]))
+        written: dict[str, torch.Tensor] = {}
+        for position in self.mutated:
+            tensor, name = tensors[position], self.tensors[position]
+            if tensor is not None:
+                check_writable(name, tensor)
+                if written:
+                    check_disjoint(name, tensor, written)
+                written[name] = tensor
         if torch.is_grad_enabled():
             for name, tensor in zip(self.tensors, tensors, strict=True):
                 if tensor is not None and tensor.requires_grad:

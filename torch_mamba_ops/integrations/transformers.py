@@ -107,7 +107,7 @@ def _check_version() -> None:
 
 def _refuse(name: str, others: dict[str, Any]) -> None:
     """An argument that the operation knows but no model of `MODELS` passes would change results: it is not dropped."""
-    known = sorted(others.keys() & _PARAMETERS[name])
+    known = [other for other in others if other in _PARAMETERS[name]]  # Dynamo of torch 2.11 cannot intersect keys
     if known:
         raise TypeError(
             f"{name}: got {', '.join(known)} through a model's forward, expected it in calls of the operation"

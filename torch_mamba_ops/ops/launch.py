@@ -77,6 +77,8 @@ def launch(plan: Callable[..., Launch], *given: Any) -> None:
 
 
 def _trace(made: Launch) -> None:
+    if any(isinstance(count, int) and count == 0 for count in made.grid):
+        return
     # Any pointer does for one that is not used; it must not be one that is written.
     filler = next(reversed([tensor for tensor in made.tensors.values() if tensor is not None]))
     tensors = {name: filler if tensor is None else tensor for name, tensor in made.tensors.items()}

@@ -2,7 +2,7 @@
 
     {"made_by": ..., "selective_state_update": {"bfloat16 P64 N128": [[48, {"BLOCK_P": 8, ...}], ...], ...}}
 
-Each entry holds from that much work (sequences x heads) on.
+Each entry holds from that much work on: sequences x heads, or x channels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def configs_for(op: str, key: str, work: Any, device: torch.device) -> Config | 
     Args:
         op: the operation.
         key: what the kernel's code depends on, see `key_of`.
-        work: sequences x heads; the last entry serves a symbolic size, which must not be compared.
+        work: how much there is to do, sequences x heads or channels. The last entry serves a symbolic size, which must
+            not be compared.
         device: where the kernel runs.
     """
     if op in _given:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torch_mamba_ops.dispatch import register_backend
 from torch_mamba_ops.ops.launch import Launch, launch, reasons_against_triton
+from torch_mamba_ops.tuning import configs_for, key_of
 
 _MOST_COLUMNS = 8  # that a thread can hold in registers
 
@@ -96,18 +97,19 @@ def _plan(
     plain = cache_seqlens is None and num_accepted_tokens is None and query_start_loc is None
     if plain and _is_dense(x, out, conv_state, weight, bias):
         batch = x.shape[0]
-        sequences, warps = _config(batch)
+        columns_innermost = conv_state.stride(2) == 1
+        config = _config(batch, dim, int(weight.shape[1]), int(conv_state.shape[2]), columns_innermost, conv_state)
+        sequences, warps = config["SEQUENCES"], config["num_warps"]
         group = 16 // max(x.element_size(), conv_state.element_size())
         options |= {
             "batch": batch,
             "x_stride": x.stride(0),
             "out_stride": out.stride(0),
             "COLUMNS": int(conv_state.shape[2]),
-            "COLUMNS_INNERMOST": conv_state.stride(2) == 1,
-            "SEQUENCES": sequences,
+            "COLUMNS_INNERMOST": columns_innermost,
             "GROUPS": 32 * warps,
             "GROUP": group,
-            "num_warps": warps,
+            **config,
         }
         grid = (_blocks(batch, sequences), _blocks(dim, 32 * warps * group))
         return Launch(kernels.update_one_token, grid, tensors, options)
@@ -163,13 +165,20 @@ def _is_dense(x: Tensor, out: Tensor, conv_state: Tensor, weight: Tensor, bias: 
     )
 
 
-def _config(batch: int) -> tuple[int, int]:
+def _config(
+    batch: int, dim: int, width: int, columns: int, columns_innermost: bool, conv_state: Tensor
+) -> dict[str, Any]:
     """Sequences and warps of a program of the one-token kernel.
 
     Two sequences share the weights that are loaded, and the assembler has all of their loads on the way before the
     first use; with one it saves registers and waits in between.
     """
-    return (1, 1) if isinstance(batch, int) and batch == 1 else (2, 2)
+    key = key_of(conv_state.dtype, W=width, K=columns, DS=int(columns_innermost))
+    found = configs_for("causal_conv1d_update", key, batch * dim, conv_state.device)
+    if found is not None:
+        return found
+    alone = isinstance(batch, int) and batch == 1
+    return {"SEQUENCES": 1, "num_warps": 1} if alone else {"SEQUENCES": 2, "num_warps": 2}
 
 
 def _blocks(count: int, size: int) -> int:
