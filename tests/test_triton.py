@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_mamba_ops as tmo
 from torch_mamba_ops import tuning
@@ -28,6 +29,7 @@ triton = pytest.importorskip("triton")
 
 WITH_KERNELS = [name for name, op in OPS.items() if "triton" in op.backends]
 TABLES = sorted((Path(tuning.__file__).parent / "tables").glob("*.json"))
+BY_SEQUENCE = {"x", "dt", "B", "C", "z", "state_batch_indices", "conv_state_indices"}
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -253,6 +255,32 @@ def test_the_graph_for_a_gpu_holds_one_kernel_that_writes_the_state_and_the_outp
     assert mutated == {
         f"tensors_{names.index(OPS[op].tensors[i])}" for i in OPS[op].mutated if OPS[op].tensors[i] in names
     }
+
+
+@pytest.mark.parametrize("op", WITH_KERNELS)
+def test_the_graph_for_a_gpu_serves_every_batch(op: str) -> None:
+    """Exported with fake tensors: a batch that a config or a grid were chosen by would be refused as a constant."""
+    case = next(case for case in cases(op, "opcheck") if "slots" in case.name or "padding" in case.name)
+    real = build(case)
+    with FakeTensorMode():
+        arguments = {
+            name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+            if isinstance(value, Tensor)
+            else value
+            for name, value in real.items()
+        }
+        names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+
+        class Call(torch.nn.Module):
+            def forward(self, *tensors: Tensor) -> Any:
+                return OPS[op].function(**arguments | dict(zip(names, tensors, strict=True)), backend="triton")
+
+        batch = torch.export.Dim("batch", min=2, max=4096)
+        shapes = (tuple({0: batch} if name in BY_SEQUENCE else None for name in names),)
+        inputs = tuple(arguments[name] for name in names)
+        program = torch.export.export(Call(), inputs, dynamic_shapes=shapes, strict=False).run_decompositions({})
+    (kernel,) = (node for node in program.graph.nodes if "triton_kernel_wrapper" in str(node.target))
+    assert any(isinstance(size, torch.fx.Node) for grid in kernel.kwargs["grid"] for size in grid)
 
 
 # --- on a GPU ---

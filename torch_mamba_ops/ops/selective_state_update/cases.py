@@ -35,7 +35,7 @@ class _Shape:
     read: Any = None  # state_batch_indices
     write: Any = None  # dst_state_batch_indices
     accepted: tuple[int, ...] | None = None
-    buffer_rows: tuple[int, ...] | None = None
+    buffer_rows: tuple[int, ...] | None = None  # (): a buffer without intermediate_state_indices
     disable: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -83,7 +83,7 @@ class _Shape:
             ("state_batch_indices", self.read),
             ("dst_state_batch_indices", self.write),
             ("num_accepted_tokens", self.accepted),
-            ("intermediate_state_indices", self.buffer_rows),
+            ("intermediate_state_indices", self.buffer_rows or None),
         ):
             if values is not None:
                 arguments[name] = index(values)
@@ -125,6 +125,7 @@ CASES = (
     _small("slots_with_padding", replace(_BASE, read=(7, -1, 5)), "opcheck"),
     _small("all_padding", replace(_BASE, read=(-1, -1, -1))),
     _small("other_pad_slot", replace(_BASE, read=(7, 0, 5), extra={"pad_slot_id": 0})),
+    _small("pad_slot_without_slots", replace(_BASE, length=2, buffer_rows=(), extra={"pad_slot_id": 1})),
     _small("destination_slots", replace(_BASE, read=_SLOTS, write=(1, -1, 3)), "opcheck"),
     _small("padded_page", replace(_BASE, read=_SLOTS, padded_page=True), "opcheck"),
     _small("bfloat16", replace(_BASE, read=_SLOTS, dtype=torch.bfloat16, state_dtype=torch.bfloat16)),

@@ -145,11 +145,13 @@ def _keep_steps(
     buffer: Tensor, states: Tensor, rows: Tensor | None, valid: Tensor | None, pad_slot_id: int, tokens: RaggedTokens
 ) -> None:
     batch, length = states.shape[:2]
+    every = torch.ones(batch, dtype=torch.bool, device=states.device)
+    kept = every if rows is None else rows != pad_slot_id
     if rows is None:
         rows = torch.arange(batch, device=states.device)
-    wanted = rows != pad_slot_id if valid is None else valid & (rows != pad_slot_id)
+    wanted = kept if valid is None else valid & kept
     wanted = tokens.steps_present(wanted[:, None].expand(batch, length))
-    index = safe_index(rows, rows != pad_slot_id, buffer.shape[0])
+    index = safe_index(rows, kept, buffer.shape[0])
     steps = torch.arange(length, device=states.device).expand(batch, length).flatten()
     index = index[:, None].expand(batch, length).flatten()
     write_rows(buffer, (index, steps), states.flatten(0, 1), wanted.flatten())

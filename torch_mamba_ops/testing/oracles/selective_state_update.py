@@ -64,21 +64,22 @@ def selective_state_update(
         read = _slot(state_batch_indices, n, 0)
         if num_accepted_tokens is not None:
             read = _slot(state_batch_indices, n, max(int(num_accepted_tokens[n]) - 1, 0))
-        if read == pad_slot_id or not tokens:
+        if (state_batch_indices is not None and read == pad_slot_id) or not tokens:
             continue
         row = n if intermediate_state_indices is None else int(intermediate_state_indices[n])
+        keep_steps = intermediate_state_indices is None or row != pad_slot_id
         write = state_batch_indices if dst_state_batch_indices is None else dst_state_batch_indices
         by_token = write is not None and write.dim() == 2
         h = before[read]
         for i, index in enumerate(tokens):
             h, out[index] = token(index, h)
-            if intermediate_states_buffer is not None and row != pad_slot_id:
+            if intermediate_states_buffer is not None and keep_steps:
                 intermediate_states_buffer[row, i] = h
             last_column = write.shape[1] if write is not None and by_token else len(tokens)
             if disable_state_update or (not by_token and i + 1 < len(tokens)) or i >= last_column:
                 continue
             slot = _slot(write, n, i)
-            if slot != pad_slot_id:
+            if write is None or slot != pad_slot_id:
                 state[slot] = h
     return out
 
