@@ -233,6 +233,19 @@ def test_every_shipped_config_is_right_ten_times_over(op: str, key: str, config:
         check.assert_right(op, given, result, check.truth(op, arguments))
 
 
+def test_another_table_is_another_backend_for_every_cache(tmp_path: Path) -> None:
+    program = "from torch_mamba_ops.dispatch import OPS; print(OPS['selective_state_update'].backends['triton'].key)"
+
+    def key(**more: str) -> str:
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, env=os.environ | more, capture_output=True, text=True, check=True).stdout
+
+    tables = {"TORCH_MAMBA_OPS_CONFIGS": str(tmp_path)}
+    assert key() == key() == key(**tables)
+    (tmp_path / "nvidia_h200.json").write_text("{}")
+    assert key(**tables) != key()
+
+
 # --- traced ---
 
 

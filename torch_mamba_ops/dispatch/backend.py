@@ -54,7 +54,8 @@ def register_backend(
         trace: ``"inline"`` if the function is torch code that torch.compile and torch.export should trace through;
             ``"opaque"`` if it must be called as it is.
         version: stands for the function's code in compile caches, in place of the hash made of its bytecode, closure
-            and the globals it reads. Give it when the function depends on what that hash cannot see.
+            and the globals it reads. Give it when the function depends on what that hash cannot see. A built-in
+            backend's stands beside the hash of this package's sources.
 
     Raises:
         ValueError: unknown operation or trace, or the name of a built-in backend.
@@ -70,7 +71,10 @@ def register_backend(
         builtin = (function.__module__ or "").startswith(f"{__package__.partition('.')[0]}.ops.")
         if name in target.auto and not builtin:
             raise ValueError(f"name: {name!r} is a built-in backend of {op}; register yours under another name")
-        code = fingerprint.of_package() if builtin else version or fingerprint.of_function(function)
+        if builtin:
+            code = fingerprint.of_package() + (f"-{version}" if version else "")
+        else:
+            code = version or fingerprint.of_function(function)
         accepted = _accepted(target, function)
         # A built-in's takes all arguments as they come, at a fifth of the time.
         checks = why_not if accepted is None and (builtin or why_not is None) else _reasons(target, accepted, why_not)

@@ -8,6 +8,7 @@ Each entry holds from that much work on: sequences x heads, or x channels.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -71,6 +72,16 @@ def generation() -> int:
     return _changes[0]
 
 
+@functools.cache
+def version() -> str:
+    """A hash of all tables: compiled graphs hold configs, and a graph with other ones is another graph."""
+    digest = hashlib.sha256()
+    for folder in _folders():
+        for path in sorted(folder.glob("*.json")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
+
+
 def table_name(device: torch.device) -> str:
     """The file's name for a device: ``nvidia_h200``."""
     name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none"
@@ -88,11 +99,14 @@ def _entries(op: str, key: str, device: torch.device) -> list[tuple[int, Config]
 def _table(name: str) -> Mapping[str, Any]:
     """The shipped table, under the user's (a folder named by ``TORCH_MAMBA_OPS_CONFIGS``)."""
     merged: dict[str, dict[str, Any]] = {}
-    folders = [_SHIPPED, *([Path(os.environ[VARIABLE])] if os.environ.get(VARIABLE) else [])]
-    for folder in folders:
+    for folder in _folders():
         path = folder / f"{name}.json"
         if path.exists():
             for op, keys in json.loads(path.read_text()).items():
                 if isinstance(keys, dict):
                     merged.setdefault(op, {}).update(keys)
     return merged
+
+
+def _folders() -> list[Path]:
+    return [_SHIPPED, *([Path(os.environ[VARIABLE])] if os.environ.get(VARIABLE) else [])]

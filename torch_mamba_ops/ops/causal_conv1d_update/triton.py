@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_mamba_ops.dispatch import register_backend
 from torch_mamba_ops.ops.launch import Launch, launch, reasons_against_triton
-from torch_mamba_ops.tuning import configs_for, key_of
+from torch_mamba_ops.tuning import configs_for, key_of, version
 
 _MOST_COLUMNS = 8  # that a thread can hold in registers
 
@@ -35,7 +35,7 @@ def _why_not(
     return found
 
 
-@register_backend("causal_conv1d_update", "triton", trace="inline", why_not=_why_not)
+@register_backend("causal_conv1d_update", "triton", trace="inline", why_not=_why_not, version=version())
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,

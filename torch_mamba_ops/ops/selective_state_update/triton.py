@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_mamba_ops.dispatch import register_backend
 from torch_mamba_ops.ops.launch import Launch, launch, reasons_against_triton
-from torch_mamba_ops.tuning import configs_for, key_of
+from torch_mamba_ops.tuning import configs_for, key_of, version
 
 _INNER = (
     *("STATE_HEAD", "STATE_DIM", "STATE_N", "X_HEAD", "X_DIM", "DT_HEAD", "DT_DIM", "A_HEAD", "A_DIM", "A_N"),
@@ -30,7 +30,7 @@ def _why_not(state: Tensor, *tensors: Tensor | None, **options: Any) -> list[str
     return reasons
 
 
-@register_backend("selective_state_update", "triton", trace="inline", why_not=_why_not)
+@register_backend("selective_state_update", "triton", trace="inline", why_not=_why_not, version=version())
 def selective_state_update(
     state: Tensor,
     x: Tensor,
