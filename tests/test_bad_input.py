@@ -210,7 +210,7 @@ STATE += [
     ("other_pad_slot", {"state_batch_indices": _ints(7, -1, 5)}, ValueError, ".*got slot -1, .* or 0 for padding"),
 ]
 
-MANY = torch.arange(9).repeat(20)  # few slots and many are checked in different ways
+MANY = torch.arange(9).repeat(20)
 # In the case two_pools: both pools [8, 3, 4, 5], three copies.
 COPY: list[Bad] = [
     ("two_pools", {"dst_pool": None}, TypeError, r"dst_pool: got NoneType, expected a tensor \[slots, ...\]"),

@@ -113,7 +113,7 @@ def _planned(op: str, arguments: dict[str, Any]) -> launching.Launch:
     return made
 
 
-def _compile(made: launching.Launch, capability: int) -> str:
+def _compile(made: launching.Launch, capability: int, folder: Path) -> str:
     """Compiles a launch; returns what the assembler used."""
     signature, constants, attributes = {}, {}, {}
     compile_options = {name: made.options[name] for name in ("num_warps", "num_stages") if name in made.options}
@@ -133,16 +133,11 @@ def _compile(made: launching.Launch, capability: int) -> str:
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=compile_options)
     cubin = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    file = Path(os.environ["PYTEST_KERNELS"]) / "kernel.cubin"
+    file = folder / "kernel.cubin"
     file.write_bytes(compiled.asm["cubin"])
     usage = subprocess.run([str(cubin), "-res-usage", str(file)], capture_output=True, text=True, check=True).stdout
     assert compiled.metadata.shared <= 99 * 1024, "shared memory that every GPU from sm_80 on has"
     return usage
-
-
-@pytest.fixture
-def kernels_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTEST_KERNELS", str(tmp_path))
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -151,9 +146,9 @@ def kernels_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [pytest.param(op, case, id=f"{op}-{case.name}") for op in WITH_KERNELS for case in cases(op, "model")],
 )
 def test_models_kernels_compile_without_spilling(
-    op: str, case: Any, capability: int, plans: None, kernels_folder: None
+    op: str, case: Any, capability: int, plans: None, tmp_path: Path
 ) -> None:
-    usage = _compile(_planned(op, build(case)), capability)
+    usage = _compile(_planned(op, build(case)), capability, tmp_path)
     assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
 
 
@@ -161,8 +156,8 @@ def test_models_kernels_compile_without_spilling(
     ("op", "case"),
     [pytest.param(op, case, id=f"{op}-{case.name}") for op in WITH_KERNELS for case in cases(op, "opcheck")],
 )
-def test_every_option_compiles(op: str, case: Any, plans: None, kernels_folder: None) -> None:
-    _compile(_planned(op, build(case)), 90)
+def test_every_option_compiles(op: str, case: Any, plans: None, tmp_path: Path) -> None:
+    _compile(_planned(op, build(case)), 90, tmp_path)
 
 
 def _shipped() -> Iterator[Any]:
@@ -214,10 +209,10 @@ def _window_arguments(
 
 @pytest.mark.parametrize(("op", "key", "config"), _shipped())
 def test_every_shipped_config_compiles_without_spilling(
-    op: str, key: str, config: dict[str, Any], plans: None, kernels_folder: None
+    op: str, key: str, config: dict[str, Any], plans: None, tmp_path: Path
 ) -> None:
     with tuning.use_config(op, config):
-        usage = _compile(_planned(op, _arguments_for(key, "cpu")), 90)
+        usage = _compile(_planned(op, _arguments_for(key, "cpu")), 90, tmp_path)
     assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
 
 

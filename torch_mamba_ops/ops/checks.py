@@ -34,6 +34,12 @@ def check_tensor(
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}")
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be checked: on a CPU and outside of tracing. Elsewhere they are the caller's
+    contract, since a look would wait for the device."""
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and type(tensor) is Tensor
+
+
 def check_int(name: str, value: Any) -> None:
     """Checks that a number is whole."""
     if not isinstance(value, (int, torch.SymInt)):

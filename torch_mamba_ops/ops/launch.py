@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +23,24 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
-def reasons_against_triton(tensor: Tensor) -> list[str]:
-    """Why Triton kernels cannot run where this tensor is."""
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def reasons_against_triton(tensors: Sequence[Tensor | None]) -> list[str]:
+    """Why Triton kernels cannot run on these tensors, the first of which is never None."""
     found = []
+    assert tensors[0] is not None
+    device = tensors[0].device.type
     if not _INSTALLED:
         found.append("it needs triton, which is not installed: pip install triton")
     if INTERPRET and torch.compiler.is_compiling():
         found.append("Triton's interpreter (TRITON_INTERPRET=1) cannot be compiled")
-    elif not (tensor.is_cuda or INTERPRET):
-        found.append(f"it runs on CUDA devices, and the tensors are on {tensor.device.type}")
+    elif not (device == "cuda" or INTERPRET):
+        found.append(f"it runs on CUDA devices, and the tensors are on {device}")
+    for tensor in tensors:
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype not in _FLOATS:
+            found.append(f"it computes in float32, and a tensor is {tensor.dtype}")
+            break
     return found
 
 

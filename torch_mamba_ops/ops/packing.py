@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_mamba_ops.ops.checks import INTEGER, check_int, check_rank, check_tensor
+from torch_mamba_ops.ops.checks import INTEGER, check_int, check_rank, check_tensor, has_values
 
 
 def sequence_of_token(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,8 +29,7 @@ def sequence_of_token(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Te
 
 
 def check_packing(name: str, bounds: Any, tokens: int, device: torch.device, longest: int | None = None) -> None:
-    """Checks the first token of each sequence, ``[sequences + 1]``. Their values only on a CPU and outside of tracing;
-    elsewhere they are the caller's contract.
+    """Checks the first token of each sequence, ``[sequences + 1]``, and their values where they can be.
 
     Args:
         name: of the argument.
@@ -41,7 +40,7 @@ def check_packing(name: str, bounds: Any, tokens: int, device: torch.device, lon
     """
     check_rank(name, bounds, (1,), "[sequences + 1]")
     check_tensor(name, bounds, bounds.shape, "[sequences + 1]", device, INTEGER)
-    if torch.compiler.is_compiling() or bounds.device.type != "cpu" or type(bounds) is not Tensor:
+    if not has_values(bounds):
         return
     values = bounds.tolist()
     if not values:

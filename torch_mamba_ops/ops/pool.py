@@ -8,23 +8,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_mamba_ops.ops.checks import has_values
+
 
 def check_slots(name: str, slots: Tensor | None, size: int, pad_slot_id: int, *, written: bool = False) -> None:
-    """Raises a ValueError for slots outside the pool, or ``written`` twice. On a GPU, and while tracing, that is the
-    caller's contract."""
-    if slots is None or slots.device.type != "cpu" or torch.compiler.is_compiling() or type(slots) is not Tensor:
-        return
-    if slots.numel() == 0:
+    """Raises a ValueError for slots outside the pool, or ``written`` twice, where their values can be checked."""
+    if slots is None or not has_values(slots) or slots.numel() == 0:
         return
     given = slots.flatten().tolist()  # at these sizes Python is faster than kernels and their scalars
     if min(given) < 0 or max(given) >= size:
         wrong = [slot for slot in given if not 0 <= slot < size and slot != pad_slot_id]
         if wrong:
             raise ValueError(f"{name}: got slot {wrong[0]}, expected 0 to {size - 1}, or {pad_slot_id} for padding")
-    if written and len(set(given)) < len(given):
-        twice = [slot for slot in set(given) if slot != pad_slot_id and given.count(slot) > 1]
-        if twice:
-            raise ValueError(f"{name}: got slot {twice[0]} twice, expected different slots, since each is written")
+    used = [slot for slot in given if slot != pad_slot_id] if written else []
+    if len(set(used)) < len(used):
+        twice = next(slot for slot in used if used.count(slot) > 1)
+        raise ValueError(f"{name}: got slot {twice} twice, expected different slots, since each is written")
 
 
 def safe_index(slots: Tensor, valid: Tensor, size: int) -> Tensor:

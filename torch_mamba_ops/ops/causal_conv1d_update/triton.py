@@ -14,25 +14,8 @@ from torch_mamba_ops.tuning import configs_for, key_of, version
 _MOST_COLUMNS = 8  # that a thread can hold in registers
 
 
-def _why_not(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cache_seqlens: Tensor | None,
-    conv_state_indices: Tensor | None,
-    num_accepted_tokens: Tensor | None,
-    query_start_loc: Tensor | None,
-    *,
-    activation: str | None,
-    max_query_len: int | None,
-    pad_slot_id: int,
-) -> list[str]:
-    found = reasons_against_triton(x)
-    for name, tensor in (("x", x), ("conv_state", conv_state), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype == torch.float64:
-            found.append(f"it computes in float32, and {name} is float64")
-    return found
+def _why_not(*tensors: Tensor | None, **options: Any) -> list[str]:
+    return reasons_against_triton(tensors)
 
 
 @register_backend("causal_conv1d_update", "triton", trace="inline", why_not=_why_not, version=version())

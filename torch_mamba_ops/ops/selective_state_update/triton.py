@@ -16,15 +16,10 @@ _INNER = (
     *("B_GROUP", "B_N", "C_GROUP", "C_N", "D_HEAD", "D_DIM", "Z_HEAD", "Z_DIM", "DT_BIAS_HEAD", "DT_BIAS_DIM"),
     *("OUT_HEAD", "OUT_DIM", "BUFFER_HEAD", "BUFFER_DIM", "BUFFER_N"),
 )
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _why_not(state: Tensor, *tensors: Tensor | None, **options: Any) -> list[str]:
-    reasons = reasons_against_triton(state)
-    for tensor in (state, *tensors):
-        if tensor is not None and tensor.is_floating_point() and tensor.dtype not in _FLOATS:
-            reasons.append(f"it computes in float32, and a tensor is {tensor.dtype}")
-            break
+    reasons = reasons_against_triton((state, *tensors))
     if state.shape[-1] > 512:
         reasons.append(f"it holds whole states in registers, up to 512 numbers a channel, not {state.shape[-1]}")
     return reasons
