@@ -35,7 +35,7 @@ def _arguments(op: str, backend: str, case: Case, device: str) -> dict[str, Any]
 @pytest.mark.parametrize(("op", "backend", "case"), _every("small"))
 def test_agrees_with_the_equations(op: str, backend: str, case: Case, device: str, poisoned_memory: None) -> None:
     arguments = _arguments(op, backend, case, device)
-    expected = check.truth(op, arguments)
+    expected = check.truth(op, arguments, backend)
     given = check.copied(arguments)
     check.poison_unused_rows(given, expected, op)
     check.assert_right(op, given, OPS[op].function(**given, backend=backend), expected)
@@ -56,7 +56,7 @@ def test_compiles_in_one_graph(op: str, backend: str, case: Case, device: str) -
     given = check.copied(arguments)
     torch._dynamo.reset()
     compiled = torch.compile(lambda kwargs: OPS[op].function(**kwargs, backend=backend), fullgraph=True)
-    check.assert_right(op, given, compiled(given), check.truth(op, arguments))
+    check.assert_right(op, given, compiled(given), check.truth(op, arguments, backend))
 
 
 @pytest.mark.parametrize(("op", "backend", "case"), _every("opcheck"))
@@ -78,13 +78,13 @@ def test_exports_as_one_node_that_decomposes(op: str, backend: str, case: Case) 
     assert [node.kwargs["backend"] for node in ours] == [OPS[op].backends[backend].key]
     given = check.copied(tensors)
     result = program.module()(**given)
-    check.assert_right(op, {n: given[s] for n, s in first.items()}, result, check.truth(op, arguments))
+    check.assert_right(op, {n: given[s] for n, s in first.items()}, result, check.truth(op, arguments, backend))
     if OPS[op].backends[backend].trace == "inline":
         decomposed = program.run_decompositions()
         assert not [node for node in decomposed.graph.nodes if "torch_mamba_ops" in str(node.target)]
         given = check.copied(tensors)
         result = decomposed.module()(**given)
-        check.assert_right(op, {n: given[s] for n, s in first.items()}, result, check.truth(op, arguments))
+        check.assert_right(op, {n: given[s] for n, s in first.items()}, result, check.truth(op, arguments, backend))
 
 
 @pytest.mark.parametrize(("op", "backend", "case"), _every("grad"))

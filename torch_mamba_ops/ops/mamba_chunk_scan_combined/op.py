@@ -44,7 +44,7 @@ OP = Op(
     "bool dt_softplus, float? dt_min, float? dt_max, ScalarType? state_dtype, str backend) "
     "-> (Tensor out, Tensor final_states, Tensor varlen_states)",
     fake=_fake,
-    auto=("reference",),
+    auto=("triton", "reference"),
     differentiable=True,
     hints=("chunk_size",),
 )

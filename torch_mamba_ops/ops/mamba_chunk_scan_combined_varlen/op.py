@@ -23,7 +23,7 @@ OP = Op(
     "Tensor? num_computed_tokens, *, int chunk_size, bool dt_softplus, float? dt_min, float? dt_max, int pad_slot_id, "
     "str backend) -> Tensor",
     fake=_fake,
-    auto=("reference",),
+    auto=("triton", "reference"),
     hints=("chunk_size",),
 )
 

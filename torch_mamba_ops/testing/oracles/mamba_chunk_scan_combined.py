@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+FACTORS = ("x", "B", "C")
+
 
 def recurrence(
     h: Tensor,

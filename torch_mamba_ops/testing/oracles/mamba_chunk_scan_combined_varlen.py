@@ -10,6 +10,8 @@ from torch import Tensor
 
 from torch_mamba_ops.testing.oracles.mamba_chunk_scan_combined import recurrence
 
+FACTORS = ("x", "B", "C")
+
 
 def mamba_chunk_scan_combined_varlen(
     x: Tensor,

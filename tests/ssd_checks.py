@@ -1,0 +1,136 @@
+"""What holds for the state space dual scan's kernels on any device: ``python tests/ssd_checks.py NAME DEVICE``.
+
+A process of its own, since Triton's interpreter is chosen before Triton is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import torch_mamba_ops as tmo
+from torch_mamba_ops.testing import check
+from torch_mamba_ops.tuning import use_config
+
+Arguments = dict[str, Any]
+OP = "mamba_chunk_scan_combined"
+Q = 16  # tokens of a chunk
+TINY = {"BLOCK_Q": Q, "BLOCK_P": 16, "num_warps": 4, "num_stages": 2}
+
+
+def drawn(lengths: Sequence[int], device: str, dtype: torch.dtype = torch.float32, steep: bool = False) -> Arguments:
+    """A packed batch with a pool, whose sequences start from states; ``steep``: nothing is left after a few tokens."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tokens, heads, size = sum(lengths), 4, 16
+    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    arguments = {
+        "x": normal(tokens, heads, 24).to(dtype),
+        "dt": normal(tokens, heads).to(dtype) + (6 if steep else 0),
+        "A": -normal(heads).abs() - 1,
+        "B": normal(tokens, 2, size).to(dtype),
+        "C": normal(tokens, 2, size).to(dtype),
+        "D": normal(heads),
+        "dt_bias": normal(heads) - 2,
+        "states": normal(len(lengths) + 1, heads, 24, size),
+        "state_indices": torch.arange(len(lengths), 0, -1, dtype=torch.int32),
+        "has_initial_state": torch.ones(len(lengths), dtype=torch.bool),
+        "num_computed_tokens": torch.zeros(len(lengths), dtype=torch.int32),
+        "cu_seqlens": torch.tensor(starts, dtype=torch.int32),
+    }
+    return {name: value.to(device) for name, value in arguments.items()}
+
+
+def scanned(arguments: Arguments, **more: Any) -> tuple[Tensor, Tensor]:
+    """Outputs, and the pool after it."""
+    given = check.copied(arguments | more)
+    out = tmo.mamba_chunk_scan_combined_varlen(chunk_size=Q, dt_softplus=True, backend="triton", **given)
+    return out, given["states"]
+
+
+def part(arguments: Arguments, begin: int, end: int, states: Tensor, slot: int, computed: int = 0) -> Arguments:
+    """Some tokens as a batch of one sequence."""
+    device = states.device
+    return {name: arguments[name][begin:end] for name in ("x", "dt", "B", "C")} | {
+        **{name: arguments[name] for name in ("A", "D", "dt_bias")},
+        "states": states,
+        "state_indices": torch.tensor([slot], dtype=torch.int32, device=device),
+        "has_initial_state": torch.ones(1, dtype=torch.bool, device=device),
+        "num_computed_tokens": torch.tensor([computed], dtype=torch.int32, device=device),
+        "cu_seqlens": torch.tensor([0, end - begin], dtype=torch.int32, device=device),
+    }
+
+
+def alone_as_in_a_batch(device: str) -> None:
+    """A sequence's bits depend on nothing else in the batch."""
+    lengths = (37, 1, 0, 16, 50)
+    for dtype, steep in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
+        together = drawn(lengths, device, dtype, steep)
+        out, states = scanned(together)
+        for nth, length in enumerate(lengths):
+            begin = sum(lengths[:nth])
+            slot = len(lengths) - nth
+            own, own_states = scanned(part(together, begin, begin + length, together["states"], slot))
+            assert torch.equal(own, out[begin : begin + length]), (dtype, steep, nth)
+            assert torch.equal(own_states[slot], states[slot]), (dtype, steep, nth)
+
+
+def in_parts_as_in_one(device: str) -> None:
+    """A sequence has the same bits whether or not it is cut between two chunks: some steep, some mild."""
+    for dtype in (torch.float32, torch.bfloat16):
+        whole = drawn((5 * Q + 3,), device, dtype)
+        whole["dt"][Q : 2 * Q] += 8
+        out, states = scanned(whole)
+        pool, parts = whole["states"], []
+        for begin in range(0, 5 * Q + 3, 2 * Q):
+            end = min(begin + 2 * Q, 5 * Q + 3)
+            found, pool = scanned(part(whole, begin, end, pool, 1, begin))
+            parts.append(found)
+        assert torch.equal(torch.cat(parts), out), dtype
+        assert torch.equal(pool, states), dtype
+
+
+def cut_anywhere(device: str) -> None:
+    """Cut inside a chunk it is the same within rounding, and later chunks lie where they did."""
+    whole = drawn((4 * Q,), device)
+    out, states = scanned(whole)
+    for cut in (1, Q - 1, Q + 5, 3 * Q + 1):
+        first, pool = scanned(part(whole, 0, cut, whole["states"], 1))
+        second, pool = scanned(part(whole, cut, 4 * Q, pool, 1, cut))
+        torch.testing.assert_close(torch.cat([first, second]), out, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pool, states, rtol=1e-4, atol=1e-4)
+
+
+def other_blocks_and_stages(device: str) -> None:
+    """Configs of different work share a chunk's length, and then all bits."""
+    arguments = drawn((37, 16), device, torch.bfloat16)
+    expected = scanned(arguments)
+    for config in (TINY | {"BLOCK_P": 32}, TINY | {"num_stages": 1}, TINY | {"num_stages": 3}):
+        with use_config(OP, config):
+            for given, wanted in zip(scanned(arguments), expected, strict=True):
+                assert torch.equal(given, wanted), config
+
+
+def steep_and_mild_agree_with_the_equations(device: str) -> None:
+    """Decays from none to more than float32 has exponents for."""
+    for shift in (-9.0, 2.0, 6.0, 30.0, 100.0):
+        for dtype in (torch.float32, torch.bfloat16):
+            arguments = drawn((37, 50), device, dtype)
+            arguments["dt"] = (arguments["dt"].float() + shift).to(dtype)
+            arguments |= {"chunk_size": Q, "dt_softplus": True}
+            given = check.copied(arguments)
+            out = tmo.mamba_chunk_scan_combined_varlen(**given, backend="triton")
+            op = "mamba_chunk_scan_combined_varlen"
+            check.assert_right(op, given, out, check.truth(op, arguments, "triton"))
+
+
+if __name__ == "__main__":
+    with use_config(OP, TINY):
+        globals()[sys.argv[1]](sys.argv[2])

@@ -1,0 +1,464 @@
+"""The state space dual scan in Triton, by two kernels: what chunks of tokens need is prepared for all at once, then one
+program a sequence, head and block of channels walks over its chunks with the state in registers, so that no chunk's
+state is ever written.
+
+Dao and Gu, "Transformers are SSMs" (2024), section 6. A sequence's result depends on nothing else in the batch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from torch_mamba_ops.ops.tiles import silu, softplus
+
+
+@triton.jit
+def factor(values, PRODUCT: tl.constexpr, INTERPRETED: tl.constexpr):
+    """A factor of a matrix product in the dtype of products. Triton's interpreter multiplies bfloat16's bits as
+    integers, so there it is widened again."""
+    values = values.to(PRODUCT)
+    if INTERPRETED:
+        values = values.to(tl.float32)
+    return values
+
+
+@triton.jit
+def is_mild(total):
+    """Whether so little decays in a chunk, in powers of two, that half of it leaves room for sums of products."""
+    return total > -144.0
+
+
+@triton.jit
+def middle_of(total):
+    """Where a mild chunk's decay is split. A whole power of two: the state is multiplied with it without rounding, so a
+    sequence has the same bits whether or not its state was stored between two chunks."""
+    return tl.floor(0.5 * total)
+
+
+@triton.jit
+def first_chunk(cu_seqlens, sequence, CHUNK: tl.constexpr):
+    """The number of a packed sequence's first chunk: each has room for its chunks, wherever they are cut."""
+    return tl.load(cu_seqlens + sequence).to(tl.int64) // CHUNK + 2 * sequence
+
+
+@triton.jit
+def prepare(
+    dt,
+    A,
+    B,
+    C,
+    dt_bias,
+    totals,
+    decays,
+    scales,
+    scores,
+    cu_seqlens,
+    computed,
+    seq_idx,
+    length,
+    sequences,
+    row_chunks,
+    dt_min,
+    dt_max,
+    dt_batch,
+    dt_token,
+    B_batch,
+    B_token,
+    C_batch,
+    C_token,
+    seq_idx_batch,
+    seq_idx_token,
+    DT_HEAD: tl.constexpr,
+    A_HEAD: tl.constexpr,
+    B_GROUP: tl.constexpr,
+    B_N: tl.constexpr,
+    C_GROUP: tl.constexpr,
+    C_N: tl.constexpr,
+    DT_BIAS_HEAD: tl.constexpr,
+    GROUPS: tl.constexpr,
+    N: tl.constexpr,
+    RATIO: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DT_SOFTPLUS: tl.constexpr,
+    HAS_DT_MIN: tl.constexpr,
+    HAS_DT_MAX: tl.constexpr,
+    HAS_DT_BIAS: tl.constexpr,
+    HAS_SEQ_IDX: tl.constexpr,
+    HAS_COMPUTED: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Grid: chunks, groups. Writes what the tokens of a chunk are to the group's heads, and C times B where a token
+    sees another (``scores``, ``[chunks, groups, Q, Q]``).
+
+    ``decays`` ``[chunks, heads, Q]`` count from before the chunk, as logarithms to base 2; the last are ``totals``
+    ``[heads, chunks]``. ``scales`` ``[chunks, heads, 2, Q]`` are what x and what the outputs are multiplied with. In a
+    mild chunk the decay between two tokens is split at the middle between none and all of the chunk's: a part goes with
+    x, the other with the output, and no exponential is taken for each pair of tokens.
+    """
+    chunk = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    if PACKED:
+        # The last sequence whose first chunk is not after this one.
+        low = chunk * 0
+        high = low + sequences - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if first_chunk(cu_seqlens, middle, CHUNK) <= chunk:
+                low = middle
+            else:
+                high = middle - 1
+        sequence = low
+        batch = sequence * 0
+        local = (chunk - first_chunk(cu_seqlens, sequence, CHUNK)) * CHUNK
+        first = tl.load(cu_seqlens + sequence).to(tl.int64)
+        tokens = tl.load(cu_seqlens + sequence + 1) - first
+        if HAS_COMPUTED:
+            local -= tl.load(computed + sequence) % CHUNK
+    else:
+        batch = chunk // row_chunks
+        local = chunk % row_chunks * CHUNK
+        first = local * 0
+        tokens = first + length
+    if local >= tokens:
+        return
+
+    place = tl.arange(0, BLOCK_Q)
+    inside = (local + place >= 0) & (local + place < tokens)
+    if CHUNK < BLOCK_Q:
+        inside = inside & (place < CHUNK)
+    row = first + local
+
+    heads = group * RATIO + tl.arange(0, BLOCK_H)
+    ours = tl.arange(0, BLOCK_H) < RATIO
+    at = dt + batch * dt_batch + row * dt_token + (place[:, None] * dt_token + heads[None, :] * DT_HEAD)
+    step = tl.load(at, inside[:, None] & ours[None, :], 0.0).to(tl.float32)
+    if HAS_DT_BIAS:
+        step += tl.load(dt_bias + heads * DT_BIAS_HEAD, ours, 0.0).to(tl.float32)[None, :]
+    if DT_SOFTPLUS:
+        step = softplus(step)
+    if HAS_DT_MIN:
+        step = tl.maximum(step, dt_min)
+    if HAS_DT_MAX:
+        step = tl.minimum(step, dt_max)
+    step = tl.where(inside[:, None], step, 0.0)
+    rate = tl.load(A + heads * A_HEAD, ours, 0.0).to(tl.float32) * 1.4426950408889634  # log2(e)
+    decay = tl.cumsum(step * rate[None, :], 0)
+    total = tl.sum(tl.where(place[:, None] == BLOCK_Q - 1, decay, 0.0), 0)
+    product: tl.constexpr = scores.dtype.element_ty
+    from_middle = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
+    visible = place[:, None] >= place[None, :]
+    if HAS_SEQ_IDX:
+        own = tl.load(seq_idx + batch * seq_idx_batch + (row + place) * seq_idx_token, inside, 0)
+        visible = visible & (own[:, None] == own[None, :])
+    else:
+        from_middle = tl.where(is_mild(total)[None, :], decay - middle_of(total)[None, :], 0.0)
+    tl.store(totals + heads * tl.num_programs(0) + chunk, total, ours)
+    at = (chunk * GROUPS * RATIO + heads[None, :]) * BLOCK_Q
+    tl.store(decays + (at + place[:, None]), decay, ours[None, :])
+    at = 2 * at + place[:, None]
+    tl.store(scales + at, step * tl.exp2(-from_middle), ours[None, :])
+    tl.store(scales + (at + BLOCK_Q), tl.exp2(from_middle), ours[None, :])
+
+    n = tl.arange(0, BLOCK_N)
+    shared = inside[:, None] & (n < N)[None, :]
+    B += batch * B_batch + row * B_token + group * B_GROUP
+    C += batch * C_batch + row * C_token + group * C_GROUP
+    Bs = factor(tl.load(B + (place[:, None] * B_token + n[None, :] * B_N), shared, 0.0), product, INTERPRETED)
+    Cs = factor(tl.load(C + (place[:, None] * C_token + n[None, :] * C_N), shared, 0.0), product, INTERPRETED)
+    seen = tl.dot(Cs, tl.trans(Bs), input_precision=PRECISION)
+    at = (chunk * GROUPS + group) * BLOCK_Q * BLOCK_Q + (place[:, None] * BLOCK_Q + place[None, :])
+    tl.store(scores + at, tl.where(visible, seen, 0.0).to(product))
+
+
+@triton.jit
+def scan_chunk(
+    state,
+    pending,
+    x,
+    B,
+    C,
+    scores,
+    to_middle,
+    total,
+    decays,
+    own,
+    own_carried,
+    own_last,
+    ALL_MILD: tl.constexpr,
+    HAS_SEQ_IDX: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """One chunk: the outputs ``[Q, P]`` before their scale, skip connection and gate; the state ``[N, P]``, and what it
+    is still to be multiplied with.
+
+    ``x`` is ``[Q, P]``, ``B`` and ``C`` are ``[Q, N]``, ``scores`` ``[Q, Q]``, ``to_middle`` ``[Q]`` (see `prepare`);
+    ``decays`` points to the chunk's, ``total`` is their last. Of tokens of several sequences, ``own`` ``[Q]`` is the
+    sequence of each, ``own_carried`` that of the state, ``own_last`` that of the last token.
+    """
+    mild = True
+    if not ALL_MILD:
+        mild = is_mild(total)
+    if HAS_SEQ_IDX:
+        mild = False
+    middle = tl.where(mild, middle_of(total), 0.0)
+    x = x.to(tl.float32) * to_middle[:, None]
+    inputs = factor(x, PRODUCT, INTERPRETED)
+    added = inputs
+    state *= pending * tl.exp2(middle)
+    pending = tl.exp2(total - middle)
+    y = tl.dot(C, factor(state, PRODUCT, INTERPRETED), input_precision=PRECISION)
+    if not ALL_MILD:
+        if not mild:
+            place = tl.arange(0, BLOCK_Q)
+            decay = tl.load(decays + place)
+            # Where a token does not see another the score is zero.
+            between = tl.exp2(tl.minimum(decay[:, None] - tl.load(decays + place)[None, :], 0.0))
+            scores = (scores.to(tl.float32) * between).to(scores.dtype)
+            from_before = tl.exp2(decay)
+            to_end = tl.exp2(total - decay)
+            kept = tl.exp2(total)
+            if HAS_SEQ_IDX:
+                from_before = tl.where(own == own_carried, from_before, 0.0)
+                to_end = tl.where(own == own_last, to_end, 0.0)
+                kept = tl.where(own_last == own_carried, kept, 0.0)
+            y *= from_before[:, None]
+            added = factor(x * to_end[:, None], PRODUCT, INTERPRETED)
+            state *= kept
+            pending = 1.0
+    y = tl.dot(factor(scores, PRODUCT, INTERPRETED), inputs, acc=y, input_precision=PRECISION)
+    state = tl.dot(tl.trans(B), added, acc=state, input_precision=PRECISION)
+    return y, state, pending
+
+
+@triton.jit
+def store_zeros(out, first, last, columns, mask, TOKEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Zero for the tokens from ``first`` to before ``last``."""
+    for token in range(first, last, BLOCK):
+        row = token + tl.arange(0, BLOCK).to(tl.int64)
+        tile = out + row[:, None] * TOKEN + columns[None, :]
+        tl.store(tile, tl.zeros(tile.shape, out.dtype.element_ty), (row < last)[:, None] & mask[None, :])
+
+
+@triton.jit
+def scan(
+    x,
+    B,
+    C,
+    D,
+    z,
+    out,
+    totals,
+    decays,
+    scales,
+    scores,
+    initial,
+    final,
+    row_final,
+    cu_seqlens,
+    slots,
+    has_initial,
+    computed,
+    seq_idx,
+    length,
+    sequences,
+    row_chunks,
+    all_chunks,
+    pad_slot_id,
+    x_batch,
+    x_token,
+    B_batch,
+    B_token,
+    C_batch,
+    C_token,
+    z_batch,
+    z_token,
+    out_batch,
+    seq_idx_batch,
+    seq_idx_token,
+    initial_slot,
+    final_slot,
+    X_HEAD: tl.constexpr,
+    X_DIM: tl.constexpr,
+    B_GROUP: tl.constexpr,
+    B_N: tl.constexpr,
+    C_GROUP: tl.constexpr,
+    C_N: tl.constexpr,
+    D_HEAD: tl.constexpr,
+    D_DIM: tl.constexpr,
+    Z_HEAD: tl.constexpr,
+    Z_DIM: tl.constexpr,
+    OUT_TOKEN: tl.constexpr,
+    INITIAL_HEAD: tl.constexpr,
+    INITIAL_DIM: tl.constexpr,
+    INITIAL_N: tl.constexpr,
+    FINAL_HEAD: tl.constexpr,
+    FINAL_DIM: tl.constexpr,
+    FINAL_N: tl.constexpr,
+    HEADS: tl.constexpr,
+    head_dim: tl.constexpr,
+    N: tl.constexpr,
+    RATIO: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_SEQ_IDX: tl.constexpr,
+    HAS_COMPUTED: tl.constexpr,
+    PACKED: tl.constexpr,
+    POOL: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
+    INITIAL: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Grid: blocks of channels, heads, sequences.
+
+    ``INITIAL`` says which sequences start from a state: "none", "all", "first" or "flagged". With ``POOL`` states are
+    a pool's: a sequence without tokens leaves its slot alone; without, ``row_final`` of a packed row receives the state
+    after its last token. Sequences, tokens and slots are counted in 64 bits, tiles in 32.
+    """
+    PRODUCT: tl.constexpr = scores.dtype.element_ty
+    head = tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    group = head // RATIO
+    channel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = tl.arange(0, BLOCK_N)
+    # Constant where tiles fit, so that nothing is masked.
+    in_p = tl.full((BLOCK_P,), True, tl.int1)
+    in_n = tl.full((BLOCK_N,), True, tl.int1)
+    if head_dim % BLOCK_P != 0:
+        in_p = channel < head_dim
+    if N != BLOCK_N:
+        in_n = n < N
+    out += head * head_dim
+
+    batch = sequence
+    first = sequence * 0
+    tokens = length
+    chunk = sequence * row_chunks
+    if PACKED:
+        batch = sequence * 0
+        start = tl.load(cu_seqlens).to(tl.int64)
+        stop = tl.load(cu_seqlens + sequences).to(tl.int64)
+        first = tl.load(cu_seqlens + sequence).to(tl.int64)
+        tokens = (tl.load(cu_seqlens + sequence + 1) - first).to(tl.int32)
+        chunk = first_chunk(cu_seqlens, sequence, CHUNK)
+        # Tokens of no sequence.
+        if sequence == 0:
+            store_zeros(out, 0, start, channel, in_p, OUT_TOKEN, BLOCK_Q)
+        if sequence == sequences - 1:
+            store_zeros(out, stop, length, channel, in_p, OUT_TOKEN, BLOCK_Q)
+    out += batch * out_batch
+
+    slot = sequence
+    if HAS_SLOTS:
+        slot = tl.load(slots + sequence).to(tl.int64)
+        if slot == pad_slot_id:
+            store_zeros(out, first, first + tokens, channel, in_p, OUT_TOKEN, BLOCK_Q)
+            return
+    if POOL:
+        if tokens <= 0:
+            return
+
+    state = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
+    tile = in_n[:, None] & in_p[None, :]
+    if INITIAL != "none":
+        starts = True
+        if INITIAL == "first":
+            starts = sequence == 0
+        if INITIAL == "flagged":
+            starts = tl.load(has_initial + sequence) != 0
+        initial += slot * initial_slot + head * INITIAL_HEAD
+        inner = channel[None, :] * INITIAL_DIM + n[:, None] * INITIAL_N
+        state = tl.load(initial + inner, tile & starts, 0.0).to(tl.float32)
+
+    if HAS_D:
+        skip = tl.load(D + head * D_HEAD + channel * D_DIM, in_p, 0.0).to(tl.float32)
+    offset = 0  # places of the first chunk that a call before this one has filled
+    if HAS_COMPUTED:
+        offset = (tl.load(computed + sequence) % CHUNK).to(tl.int32)
+
+    x += batch * x_batch + head * X_HEAD
+    B += batch * B_batch + group * B_GROUP
+    C += batch * C_batch + group * C_GROUP
+    if HAS_Z:
+        z += batch * z_batch + head * Z_HEAD
+    if HAS_SEQ_IDX:
+        seq_idx += batch * seq_idx_batch
+    place = tl.arange(0, BLOCK_Q)
+    decays += (chunk * HEADS + head) * BLOCK_Q
+    scales += (chunk * HEADS + head) * 2 * BLOCK_Q + place
+    totals += head * all_chunks + chunk
+    scores += (chunk * (HEADS // RATIO) + group) * BLOCK_Q * BLOCK_Q + (place[:, None] * BLOCK_Q + place[None, :])
+    own = place
+    own_carried = 0
+    own_last = 0
+
+    lowest = 0.0
+    for nth in range(0, tl.cdiv(tokens + offset, CHUNK), 128):
+        ahead = nth + tl.arange(0, 128)
+        there = ahead < tl.cdiv(tokens + offset, CHUNK)
+        lowest = tl.minimum(lowest, tl.min(tl.load(totals + ahead, there, 0.0), 0))
+    all_mild = is_mild(lowest)
+    pending = 1.0
+    # Compiled twice: with no chunk that is not mild, two products share a factor and a barrier.
+    for ALL_MILD in tl.static_range(1 if HAS_SEQ_IDX else 2):
+        if HAS_SEQ_IDX or (all_mild == (ALL_MILD == 1)):
+            from_middle = tl.load(scales + BLOCK_Q, (place < BLOCK_Q) & (tokens > -offset), 0.0)
+            for begin in range(-offset, tokens, CHUNK):
+                inside = begin + place < tokens
+                if HAS_COMPUTED:
+                    inside = inside & (begin + place >= 0)
+                if CHUNK < BLOCK_Q:
+                    inside = inside & (place < CHUNK)
+                row = first + begin
+                there = inside[:, None] & in_p[None, :]
+                shared = inside[:, None] & in_n[None, :]
+                xs = tl.load(x + row * x_token + (place[:, None] * x_token + channel[None, :] * X_DIM), there, 0.0)
+                Bs = tl.load(B + row * B_token + (place[:, None] * B_token + n[None, :] * B_N), shared, 0.0)
+                Cs = tl.load(C + row * C_token + (place[:, None] * C_token + n[None, :] * C_N), shared, 0.0)
+                if HAS_SEQ_IDX:
+                    own = tl.load(seq_idx + (row + place) * seq_idx_token, inside, 0)
+                    own_last = tl.load(seq_idx + (first + tl.minimum(begin + CHUNK, tokens) - 1) * seq_idx_token)
+                    own_carried = tl.load(seq_idx + (first + tl.maximum(begin - 1, 0)) * seq_idx_token)
+                y, state, pending = scan_chunk(
+                    state, pending, xs, factor(Bs, PRODUCT, INTERPRETED), factor(Cs, PRODUCT, INTERPRETED),
+                    tl.load(scores), tl.load(scales), tl.load(totals), decays, own, own_carried, own_last,
+                    ALL_MILD == 1, HAS_SEQ_IDX, PRODUCT, PRECISION, INTERPRETED, BLOCK_Q,
+                )  # fmt: skip
+                y *= from_middle[:, None]
+                totals += 1
+                decays += HEADS * BLOCK_Q
+                scales += 2 * HEADS * BLOCK_Q
+                scores += HEADS // RATIO * BLOCK_Q * BLOCK_Q
+                if HAS_D:
+                    y += skip[None, :] * xs.to(tl.float32)
+                if HAS_Z:
+                    gates = z + row * z_token + (place[:, None] * z_token + channel[None, :] * Z_DIM)
+                    y *= silu(tl.load(gates, there, 0.0).to(tl.float32))
+                written = out + row * OUT_TOKEN + (place[:, None] * OUT_TOKEN + channel[None, :])
+                tl.store(written, y.to(out.dtype.element_ty), there)
+                # A chunk ahead, as the compiler's pipeline does not take loads that no product takes; at the end, or
+                # reads of shared memory wait for it.
+                from_middle = tl.load(scales + BLOCK_Q, (place < BLOCK_Q) & (begin + CHUNK < tokens), 0.0)
+    state *= pending
+
+    if HAS_FINAL:
+        inner = channel[None, :] * FINAL_DIM + n[:, None] * FINAL_N
+        values = state.to(final.dtype.element_ty)
+        tl.store(final + slot * final_slot + head * FINAL_HEAD + inner, values, tile)
+        if PACKED and not POOL:
+            last = (first + tokens == stop) & ((tokens > 0) | ((start == stop) & (sequence == 0)))
+            tl.store(row_final + head * FINAL_HEAD + inner, values, tile & last)
