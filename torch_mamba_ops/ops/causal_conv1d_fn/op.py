@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_mamba_ops.dispatch import Op
-from torch_mamba_ops.dispatch.mutation import check_disjoint
+from torch_mamba_ops.dispatch.mutation import check_disjoint, check_writable
 from torch_mamba_ops.ops.checks import INTEGER, canonical_activation, check_dtype, check_rank, check_tensor
 from torch_mamba_ops.ops.conv import check_filter
 
@@ -19,7 +19,7 @@ OP = Op(
     "causal_conv1d_fn(Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_states, *, "
     "str? activation, str backend) -> Tensor",
     fake=_fake,
-    auto=("reference",),
+    auto=("triton", "reference"),
     differentiable=True,
 )
 
@@ -77,6 +77,7 @@ def causal_conv1d_fn(
         if not return_final_states:
             raise ValueError("final_states_out: given without return_final_states, expected both")
         check_tensor("final_states_out", final_states_out, window, "[batch, dim, width - 1]", x.device, (x.dtype,))
+        check_writable("final_states_out", final_states_out)
         inputs = {"x": x, "weight": weight, "bias": bias, "initial_states": initial_states}
         check_disjoint("final_states_out", final_states_out, inputs)
     out: Tensor = OP(

@@ -20,7 +20,7 @@ OP = Op(
     "causal_conv1d_varlen_fn(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) conv_states, Tensor query_start_loc, "
     "Tensor? cache_indices, Tensor? has_initial_state, *, str? activation, int pad_slot_id, str backend) -> Tensor",
     fake=_fake,
-    auto=("reference",),
+    auto=("triton", "reference"),
 )
 
 
