@@ -27,6 +27,7 @@ from torch_mamba_ops.testing.check import operator_arguments
 
 triton = pytest.importorskip("triton")
 
+DECODE = ("selective_state_update", "causal_conv1d_update")
 WITH_KERNELS = [name for name, op in OPS.items() if "triton" in op.backends]
 TABLES = sorted((Path(tuning.__file__).parent / "tables").glob("*.json"))
 BY_SEQUENCE = {"x", "dt", "B", "C", "z", "state_batch_indices", "conv_state_indices"}
@@ -146,7 +147,9 @@ def _compile(made: launching.Launch, capability: int, folder: Path) -> str:
 def test_models_kernels_compile_without_spilling(
     op: str, case: Any, capability: int, plans: Plans, tmp_path: Path
 ) -> None:
-    for made in plans(op, build(case)):
+    with FakeTensorMode():  # sizes matter, numbers do not
+        launches = plans(op, build(case))
+    for made in launches:
         usage = _compile(made, capability, tmp_path)
         assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
 
@@ -253,7 +256,7 @@ def test_another_table_is_another_backend_for_every_cache(tmp_path: Path) -> Non
 
 
 @pytest.mark.gpu  # elsewhere torch cannot ask the driver and takes every argument for written
-@pytest.mark.parametrize("op", WITH_KERNELS)
+@pytest.mark.parametrize("op", DECODE)
 def test_the_graph_for_a_gpu_holds_one_kernel_that_writes_the_state_and_the_output(op: str) -> None:
     case = next(case for case in cases(op, "opcheck") if "slots" in case.name or "padding" in case.name)
     arguments = build(case, "cuda")
@@ -273,7 +276,7 @@ def test_the_graph_for_a_gpu_holds_one_kernel_that_writes_the_state_and_the_outp
     }
 
 
-@pytest.mark.parametrize("op", WITH_KERNELS)
+@pytest.mark.parametrize("op", DECODE)
 def test_the_graph_for_a_gpu_serves_every_batch(op: str) -> None:
     """Exported with fake tensors: a batch that a config or a grid were chosen by would be refused as a constant."""
     case = next(case for case in cases(op, "opcheck") if "slots" in case.name or "padding" in case.name)

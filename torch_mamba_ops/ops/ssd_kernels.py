@@ -24,9 +24,11 @@ def factor(values, PRODUCT: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def is_mild(total):
-    """Whether so little decays in a chunk, in powers of two, that half of it leaves room for sums of products."""
-    return total > -144.0
+def is_mild(total, PRODUCT: tl.constexpr):
+    """Whether so little decays in a chunk, in powers of two, that it may be split at its middle: half of it leaves room
+    for sums of products, and costs no more digits than products of that dtype have to lose."""
+    limit: tl.constexpr = -144.0 if PRODUCT == tl.bfloat16 else -16.0
+    return total > limit
 
 
 @triton.jit
@@ -96,10 +98,12 @@ def prepare(
     """Grid: chunks, groups. Writes what the tokens of a chunk are to the group's heads, and C times B where a token
     sees another (``scores``, ``[chunks, groups, Q, Q]``).
 
-    ``decays`` ``[chunks, heads, Q]`` count from before the chunk, as logarithms to base 2; the last are ``totals``
-    ``[heads, chunks]``. ``scales`` ``[chunks, heads, 2, Q]`` are what x and what the outputs are multiplied with. In a
-    mild chunk the decay between two tokens is split at the middle between none and all of the chunk's: a part goes with
-    x, the other with the output, and no exponential is taken for each pair of tokens.
+    ``totals`` ``[heads, chunks]`` are the decays over whole chunks, as logarithms to base 2. ``scales`` ``[chunks,
+    heads, 2, Q]`` are what x and what the outputs are multiplied with. In a mild chunk the decay between two tokens is
+    split at the middle between none and all of the chunk's: a part goes with x, the other with the output, and no
+    exponential is taken for each pair of tokens. Of other chunks ``decays`` ``[chunks, heads, 2, Q]`` has each token's
+    decay since before the chunk, whole and fraction apart: together, a large one would have few digits left for the
+    small decay between two tokens.
     """
     chunk = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
@@ -147,23 +151,27 @@ def prepare(
     if HAS_DT_MAX:
         step = tl.minimum(step, dt_max)
     step = tl.where(inside[:, None], step, 0.0)
-    rate = tl.load(A + heads * A_HEAD, ours, 0.0).to(tl.float32) * 1.4426950408889634  # log2(e)
-    decay = tl.cumsum(step * rate[None, :], 0)
+    rate = tl.load(A + heads * A_HEAD, ours, 0.0).to(tl.float64) * 1.4426950408889634  # log2(e)
+    decay = tl.cumsum(step.to(tl.float64) * rate[None, :], 0)
     total = tl.sum(tl.where(place[:, None] == BLOCK_Q - 1, decay, 0.0), 0)
     product: tl.constexpr = scores.dtype.element_ty
     from_middle = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
     visible = place[:, None] >= place[None, :]
+    steep = ours
     if HAS_SEQ_IDX:
         own = tl.load(seq_idx + batch * seq_idx_batch + (row + place) * seq_idx_token, inside, 0)
         visible = visible & (own[:, None] == own[None, :])
     else:
-        from_middle = tl.where(is_mild(total)[None, :], decay - middle_of(total)[None, :], 0.0)
-    tl.store(totals + heads * tl.num_programs(0) + chunk, total, ours)
-    at = (chunk * GROUPS * RATIO + heads[None, :]) * BLOCK_Q
-    tl.store(decays + (at + place[:, None]), decay, ours[None, :])
-    at = 2 * at + place[:, None]
+        steep = ours & (is_mild(total.to(tl.float32), product) == 0)
+        middle = middle_of(total.to(tl.float32)).to(tl.float64)
+        from_middle = tl.where(steep[None, :], 0.0, decay - middle[None, :]).to(tl.float32)
+    tl.store(totals + heads * tl.num_programs(0) + chunk, total.to(tl.float32), ours)
+    at = (chunk * GROUPS * RATIO + heads[None, :]) * 2 * BLOCK_Q + place[:, None]
     tl.store(scales + at, step * tl.exp2(-from_middle), ours[None, :])
     tl.store(scales + (at + BLOCK_Q), tl.exp2(from_middle), ours[None, :])
+    whole = tl.floor(decay)
+    tl.store(decays + at, whole.to(tl.float32), steep[None, :])
+    tl.store(decays + (at + BLOCK_Q), (decay - whole).to(tl.float32), steep[None, :])
 
     n = tl.arange(0, BLOCK_N)
     shared = inside[:, None] & (n < N)[None, :]
@@ -200,13 +208,13 @@ def scan_chunk(
     """One chunk: the outputs ``[Q, P]`` before their scale, skip connection and gate; the state ``[N, P]``, and what it
     is still to be multiplied with.
 
-    ``x`` is ``[Q, P]``, ``B`` and ``C`` are ``[Q, N]``, ``scores`` ``[Q, Q]``, ``to_middle`` ``[Q]`` (see `prepare`);
-    ``decays`` points to the chunk's, ``total`` is their last. Of tokens of several sequences, ``own`` ``[Q]`` is the
-    sequence of each, ``own_carried`` that of the state, ``own_last`` that of the last token.
+    ``x`` is ``[Q, P]``, ``B`` and ``C`` are ``[Q, N]``, ``scores`` ``[Q, Q]``, ``to_middle`` ``[Q]``, ``total`` is the
+    chunk's decay, ``decays`` points to its tokens' (see `prepare`). Of tokens of several sequences, ``own`` ``[Q]`` is
+    the sequence of each, ``own_carried`` that of the state, ``own_last`` that of the last token.
     """
     mild = True
     if not ALL_MILD:
-        mild = is_mild(total)
+        mild = is_mild(total, PRODUCT)
     if HAS_SEQ_IDX:
         mild = False
     middle = tl.where(mild, middle_of(total), 0.0)
@@ -219,12 +227,14 @@ def scan_chunk(
     if not ALL_MILD:
         if not mild:
             place = tl.arange(0, BLOCK_Q)
-            decay = tl.load(decays + place)
+            whole = tl.load(decays + place)
+            fraction = tl.load(decays + (BLOCK_Q + place))
+            between = (whole[:, None] - whole[None, :]) + (fraction[:, None] - fraction[None, :])
             # Where a token does not see another the score is zero.
-            between = tl.exp2(tl.minimum(decay[:, None] - tl.load(decays + place)[None, :], 0.0))
-            scores = (scores.to(tl.float32) * between).to(scores.dtype)
-            from_before = tl.exp2(decay)
-            to_end = tl.exp2(total - decay)
+            scores = (scores.to(tl.float32) * tl.exp2(tl.minimum(between, 0.0))).to(scores.dtype)
+            from_before = tl.exp2(whole + fraction)
+            last = tl.load(decays + (BLOCK_Q - 1)) - whole
+            to_end = tl.exp2(last + (tl.load(decays + (2 * BLOCK_Q - 1)) - fraction))
             kept = tl.exp2(total)
             if HAS_SEQ_IDX:
                 from_before = tl.where(own == own_carried, from_before, 0.0)
@@ -236,6 +246,11 @@ def scan_chunk(
             pending = 1.0
     y = tl.dot(factor(scores, PRODUCT, INTERPRETED), inputs, acc=y, input_precision=PRECISION)
     state = tl.dot(tl.trans(B), added, acc=state, input_precision=PRECISION)
+    if PRODUCT != tl.bfloat16:
+        # At once: a float32 product's factor is split by a subtraction, which the compiler joins with a multiplication
+        # before it, so that bits would depend on whether the state was stored in between.
+        state *= pending
+        pending = 1.0
     return y, state, pending
 
 
@@ -398,7 +413,7 @@ def scan(
     if HAS_SEQ_IDX:
         seq_idx += batch * seq_idx_batch
     place = tl.arange(0, BLOCK_Q)
-    decays += (chunk * HEADS + head) * BLOCK_Q
+    decays += (chunk * HEADS + head) * 2 * BLOCK_Q
     scales += (chunk * HEADS + head) * 2 * BLOCK_Q + place
     totals += head * all_chunks + chunk
     scores += (chunk * (HEADS // RATIO) + group) * BLOCK_Q * BLOCK_Q + (place[:, None] * BLOCK_Q + place[None, :])
@@ -411,7 +426,7 @@ def scan(
         ahead = nth + tl.arange(0, 128)
         there = ahead < tl.cdiv(tokens + offset, CHUNK)
         lowest = tl.minimum(lowest, tl.min(tl.load(totals + ahead, there, 0.0), 0))
-    all_mild = is_mild(lowest)
+    all_mild = is_mild(lowest, PRODUCT)
     pending = 1.0
     # Compiled twice: with no chunk that is not mild, two products share a factor and a barrier.
     for ALL_MILD in tl.static_range(1 if HAS_SEQ_IDX else 2):
@@ -440,11 +455,12 @@ def scan(
                 )  # fmt: skip
                 y *= from_middle[:, None]
                 totals += 1
-                decays += HEADS * BLOCK_Q
+                decays += 2 * HEADS * BLOCK_Q
                 scales += 2 * HEADS * BLOCK_Q
                 scores += HEADS // RATIO * BLOCK_Q * BLOCK_Q
                 if HAS_D:
-                    y += skip[None, :] * xs.to(tl.float32)
+                    # As one rounding, whatever the compiler does in this loop and in the other.
+                    y = tl.fma(tl.broadcast_to(skip[None, :], y.shape), xs.to(tl.float32), y)
                 if HAS_Z:
                     gates = z + row * z_token + (place[:, None] * z_token + channel[None, :] * Z_DIM)
                     y *= silu(tl.load(gates, there, 0.0).to(tl.float32))

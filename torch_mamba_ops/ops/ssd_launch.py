@@ -65,8 +65,8 @@ def scan(
     product = torch.bfloat16 if {x.dtype, B.dtype, C.dtype} == {torch.bfloat16} else torch.float32
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     totals = x.new_empty((heads, chunks), dtype=torch.float32)
-    decays = x.new_empty((chunks, heads, block), dtype=torch.float32)
-    scales = x.new_empty((chunks, heads, 2, block), dtype=torch.float32)
+    decays = x.new_empty((chunks, heads, 2, block), dtype=torch.float32)
+    scales = torch.empty_like(decays)
     scores = x.new_empty((chunks, groups, block, block), dtype=product)
     launch(
         _prepare, dt, A, B, C, dt_bias, seq_idx, cu_seqlens, computed, totals, decays, scales, scores, x.dtype, chunk,
@@ -100,7 +100,7 @@ def _prepare(
 ) -> Launch:
     from torch_mamba_ops.ops import ssd_kernels
 
-    chunks, heads, block = decays.shape
+    chunks, heads, _, block = decays.shape
     groups, size = B.shape[-2:]
     ratio = heads // groups
     return Launch(
