@@ -39,7 +39,7 @@ def drawn(lengths: Sequence[int], device: str, dtype: torch.dtype = torch.float3
         "C": normal(tokens, 2, size).to(dtype),
         "D": normal(heads),
         "dt_bias": normal(heads) - 2,
-        "states": normal(len(lengths) + 1, heads, 24, size),
+        "states": normal(len(lengths) + 3, heads, 24, size),
         "state_indices": torch.arange(len(lengths), 0, -1, dtype=torch.int32),
         "has_initial_state": torch.ones(len(lengths), dtype=torch.bool),
         "num_computed_tokens": torch.zeros(len(lengths), dtype=torch.int32),

@@ -119,14 +119,16 @@ def _compile(made: launching.Launch, capability: int, folder: Path) -> str:
     for place, (name, parameter) in enumerate(zip(made.kernel.arg_names, made.kernel.params, strict=True)):
         tensor = made.tensors.get(name)
         value = made.options.get(name)
+        aligned = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
         if tensor is not None:
             signature[name] = POINTERS[tensor.dtype]
-            attributes[(place,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or value is None or value == 1:
+            if aligned:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if aligned and value % 16 == 0:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(made.kernel, signature, constants, attributes)
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
@@ -166,6 +168,8 @@ def test_every_option_compiles(op: str, case: Any, plans: Plans, tmp_path: Path)
 def _shipped() -> Iterator[Any]:
     for path in TABLES:
         for op, keys in json.loads(path.read_text()).items():
+            if op == "selective_scan_fn":  # see test_selective_scan_triton.py
+                continue
             for key, entries in keys.items() if isinstance(keys, dict) else ():
                 for config in {json.dumps(config): config for _, config in entries}.values():
                     yield pytest.param(op, key, config, id=f"{path.stem}-{key}-{'-'.join(map(str, config.values()))}")

@@ -18,7 +18,10 @@ from torch_mamba_ops.ops.tiles import silu
 _INTERPRETED = tl.constexpr(INTERPRET)
 
 
-@triton.jit(do_not_specialize=["length", "sequences"])  # each prefill has other ones
+@triton.jit(
+    do_not_specialize=["length", "sequences", "pad_slot_id"],
+    do_not_specialize_on_alignment=["bounds_ptr", "slots_ptr", "known_ptr", "owners_ptr"],
+)
 def convolve_channels(
     out_ptr,
     state_ptr,
@@ -141,7 +144,10 @@ def convolve_channels(
             )
 
 
-@triton.jit(do_not_specialize=["sequences"])
+@triton.jit(
+    do_not_specialize=["sequences", "pad_slot_id"],
+    do_not_specialize_on_alignment=["bounds_ptr", "slots_ptr", "known_ptr", "owners_ptr"],
+)
 def convolve_tokens(
     out_ptr,
     state_ptr,

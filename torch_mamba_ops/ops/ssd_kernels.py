@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from torch_mamba_ops.ops.tiles import silu, softplus
+from torch_mamba_ops.ops.tiles import LOG2_E, silu, softplus
 
 
 @triton.jit
@@ -21,6 +21,17 @@ def factor(values, PRODUCT: tl.constexpr, INTERPRETED: tl.constexpr):
     if INTERPRETED:
         values = values.to(tl.float32)
     return values
+
+
+@triton.jit
+def multiply(values, scale, PRODUCT: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Scales what becomes a factor of a matrix product. A float32 one is then split by a subtraction, which must not be
+    joined with this multiplication into one rounding: whether it is differs from loop to loop."""
+    if PRODUCT == tl.float32 and not INTERPRETED:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [values, scale], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return values * scale
 
 
 @triton.jit
@@ -44,7 +55,10 @@ def first_chunk(cu_seqlens, sequence, CHUNK: tl.constexpr):
     return tl.load(cu_seqlens + sequence).to(tl.int64) // CHUNK + 2 * sequence
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["length", "sequences", "row_chunks"],
+    do_not_specialize_on_alignment=["cu_seqlens", "computed", "seq_idx"],
+)
 def prepare(
     dt,
     A,
@@ -95,8 +109,8 @@ def prepare(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Grid: chunks, groups. Writes what the tokens of a chunk are to the group's heads, and C times B where a token
-    sees another (``scores``, ``[chunks, groups, Q, Q]``).
+    """Grid: chunks, groups, blocks of a group's heads. Writes what the tokens of a chunk are to the heads, and, with
+    the first of them, C times B where a token sees another (``scores``, ``[chunks, groups, Q, Q]``).
 
     ``totals`` ``[heads, chunks]`` are the decays over whole chunks, as logarithms to base 2. ``scales`` ``[chunks,
     heads, 2, Q]`` are what x and what the outputs are multiplied with. In a mild chunk the decay between two tokens is
@@ -138,8 +152,9 @@ def prepare(
         inside = inside & (place < CHUNK)
     row = first + local
 
-    heads = group * RATIO + tl.arange(0, BLOCK_H)
-    ours = tl.arange(0, BLOCK_H) < RATIO
+    nth = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
+    heads = group * RATIO + nth
+    ours = nth < RATIO
     at = dt + batch * dt_batch + row * dt_token + (place[:, None] * dt_token + heads[None, :] * DT_HEAD)
     step = tl.load(at, inside[:, None] & ours[None, :], 0.0).to(tl.float32)
     if HAS_DT_BIAS:
@@ -151,17 +166,13 @@ def prepare(
     if HAS_DT_MAX:
         step = tl.minimum(step, dt_max)
     step = tl.where(inside[:, None], step, 0.0)
-    rate = tl.load(A + heads * A_HEAD, ours, 0.0).to(tl.float64) * 1.4426950408889634  # log2(e)
+    rate = tl.load(A + heads * A_HEAD, ours, 0.0).to(tl.float64) * LOG2_E
     decay = tl.cumsum(step.to(tl.float64) * rate[None, :], 0)
     total = tl.sum(tl.where(place[:, None] == BLOCK_Q - 1, decay, 0.0), 0)
     product: tl.constexpr = scores.dtype.element_ty
     from_middle = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
-    visible = place[:, None] >= place[None, :]
     steep = ours
-    if HAS_SEQ_IDX:
-        own = tl.load(seq_idx + batch * seq_idx_batch + (row + place) * seq_idx_token, inside, 0)
-        visible = visible & (own[:, None] == own[None, :])
-    else:
+    if not HAS_SEQ_IDX:
         steep = ours & (is_mild(total.to(tl.float32), product) == 0)
         middle = middle_of(total.to(tl.float32)).to(tl.float64)
         from_middle = tl.where(steep[None, :], 0.0, decay - middle[None, :]).to(tl.float32)
@@ -173,15 +184,20 @@ def prepare(
     tl.store(decays + at, whole.to(tl.float32), steep[None, :])
     tl.store(decays + (at + BLOCK_Q), (decay - whole).to(tl.float32), steep[None, :])
 
-    n = tl.arange(0, BLOCK_N)
-    shared = inside[:, None] & (n < N)[None, :]
-    B += batch * B_batch + row * B_token + group * B_GROUP
-    C += batch * C_batch + row * C_token + group * C_GROUP
-    Bs = factor(tl.load(B + (place[:, None] * B_token + n[None, :] * B_N), shared, 0.0), product, INTERPRETED)
-    Cs = factor(tl.load(C + (place[:, None] * C_token + n[None, :] * C_N), shared, 0.0), product, INTERPRETED)
-    seen = tl.dot(Cs, tl.trans(Bs), input_precision=PRECISION)
-    at = (chunk * GROUPS + group) * BLOCK_Q * BLOCK_Q + (place[:, None] * BLOCK_Q + place[None, :])
-    tl.store(scores + at, tl.where(visible, seen, 0.0).to(product))
+    if tl.program_id(2) == 0:
+        n = tl.arange(0, BLOCK_N)
+        shared = inside[:, None] & (n < N)[None, :]
+        B += batch * B_batch + row * B_token + group * B_GROUP
+        C += batch * C_batch + row * C_token + group * C_GROUP
+        Bs = factor(tl.load(B + (place[:, None] * B_token + n[None, :] * B_N), shared, 0.0), product, INTERPRETED)
+        Cs = factor(tl.load(C + (place[:, None] * C_token + n[None, :] * C_N), shared, 0.0), product, INTERPRETED)
+        seen = tl.dot(Cs, tl.trans(Bs), input_precision=PRECISION)
+        visible = place[:, None] >= place[None, :]
+        if HAS_SEQ_IDX:
+            own = tl.load(seq_idx + batch * seq_idx_batch + (row + place) * seq_idx_token, inside, 0)
+            visible = visible & (own[:, None] == own[None, :])
+        at = (chunk * GROUPS + group) * BLOCK_Q * BLOCK_Q + (place[:, None] * BLOCK_Q + place[None, :])
+        tl.store(scores + at, tl.where(visible, seen, 0.0).to(product))
 
 
 @triton.jit
@@ -218,10 +234,10 @@ def scan_chunk(
     if HAS_SEQ_IDX:
         mild = False
     middle = tl.where(mild, middle_of(total), 0.0)
-    x = x.to(tl.float32) * to_middle[:, None]
+    x = multiply(x.to(tl.float32), to_middle[:, None], PRODUCT, INTERPRETED)
     inputs = factor(x, PRODUCT, INTERPRETED)
     added = inputs
-    state *= pending * tl.exp2(middle)
+    state = multiply(state, pending * tl.exp2(middle), PRODUCT, INTERPRETED)
     pending = tl.exp2(total - middle)
     y = tl.dot(C, factor(state, PRODUCT, INTERPRETED), input_precision=PRECISION)
     if not ALL_MILD:
@@ -231,7 +247,8 @@ def scan_chunk(
             fraction = tl.load(decays + (BLOCK_Q + place))
             between = (whole[:, None] - whole[None, :]) + (fraction[:, None] - fraction[None, :])
             # Where a token does not see another the score is zero.
-            scores = (scores.to(tl.float32) * tl.exp2(tl.minimum(between, 0.0))).to(scores.dtype)
+            between = tl.exp2(tl.minimum(between, 0.0))
+            scores = multiply(scores.to(tl.float32), between, PRODUCT, INTERPRETED).to(scores.dtype)
             from_before = tl.exp2(whole + fraction)
             last = tl.load(decays + (BLOCK_Q - 1)) - whole
             to_end = tl.exp2(last + (tl.load(decays + (2 * BLOCK_Q - 1)) - fraction))
@@ -241,16 +258,11 @@ def scan_chunk(
                 to_end = tl.where(own == own_last, to_end, 0.0)
                 kept = tl.where(own_last == own_carried, kept, 0.0)
             y *= from_before[:, None]
-            added = factor(x * to_end[:, None], PRODUCT, INTERPRETED)
+            added = factor(multiply(x, to_end[:, None], PRODUCT, INTERPRETED), PRODUCT, INTERPRETED)
             state *= kept
             pending = 1.0
     y = tl.dot(factor(scores, PRODUCT, INTERPRETED), inputs, acc=y, input_precision=PRECISION)
     state = tl.dot(tl.trans(B), added, acc=state, input_precision=PRECISION)
-    if PRODUCT != tl.bfloat16:
-        # At once: a float32 product's factor is split by a subtraction, which the compiler joins with a multiplication
-        # before it, so that bits would depend on whether the state was stored in between.
-        state *= pending
-        pending = 1.0
     return y, state, pending
 
 
@@ -263,7 +275,10 @@ def store_zeros(out, first, last, columns, mask, TOKEN: tl.constexpr, BLOCK: tl.
         tl.store(tile, tl.zeros(tile.shape, out.dtype.element_ty), (row < last)[:, None] & mask[None, :])
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["length", "sequences", "row_chunks", "all_chunks", "pad_slot_id"],
+    do_not_specialize_on_alignment=["cu_seqlens", "slots", "has_initial", "computed", "seq_idx"],
+)
 def scan(
     x,
     B,

@@ -12,6 +12,7 @@ from torch_mamba_ops.ops.launch import INTERPRET, Launch, launch, reasons_agains
 from torch_mamba_ops.tuning import Config, configs_for, key_of
 
 _LARGEST_STATE = 512
+_HEADS = 16  # of a program that prepares a chunk
 
 
 def why_not(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *tensors: Tensor | None, **options: Any) -> list[str]:
@@ -103,9 +104,10 @@ def _prepare(
     chunks, heads, _, block = decays.shape
     groups, size = B.shape[-2:]
     ratio = heads // groups
+    block_h = min(_HEADS, _power_of_two(ratio))
     return Launch(
         ssd_kernels.prepare,
-        (chunks, groups),
+        (chunks, groups, (ratio + block_h - 1) // block_h),
         {
             "totals": totals,
             "decays": decays,
@@ -148,7 +150,7 @@ def _prepare(
             INTERPRETED=INTERPRET,
             BLOCK_Q=block,
             BLOCK_N=_power_of_two(size),
-            BLOCK_H=_power_of_two(ratio),
+            BLOCK_H=block_h,
             num_warps=4,
         ),
     )

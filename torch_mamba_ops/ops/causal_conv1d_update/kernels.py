@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "pad_slot_id"], do_not_specialize_on_alignment=["conv_state_indices_ptr"])
 def update_one_token(
     conv_state_ptr,
     out_ptr,
@@ -174,7 +174,15 @@ def _tile(lanes, GROUP: tl.constexpr):
     return tl.reshape(tl.join(even, odd), [even.shape[0], GROUP])
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["pad_slot_id"],
+    do_not_specialize_on_alignment=[
+        "conv_state_indices_ptr",
+        "cache_seqlens_ptr",
+        "num_accepted_tokens_ptr",
+        "query_start_loc_ptr",
+    ],
+)
 def update_tokens(
     conv_state_ptr,
     out_ptr,

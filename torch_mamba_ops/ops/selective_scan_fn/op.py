@@ -17,7 +17,7 @@ OP = Op(
     "selective_scan_fn(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "*, bool delta_softplus, str backend) -> (Tensor out, Tensor last_state)",
     fake=_fake,
-    auto=("reference",),
+    auto=("triton", "reference"),
     differentiable=True,
 )
 
