@@ -101,7 +101,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Plans:
     launch = launching.launch
     for name, module in list(sys.modules.items()):
         if name.startswith("torch_mamba_ops.ops.") and getattr(module, "launch", None) is launch:
-            monkeypatch.setattr(module, "launch", lambda plan, *given: made.append(plan(*given)))
+            monkeypatch.setattr(module, "launch", lambda plan, *given, **_: made.append(plan(*given)))
 
     def planned(op: str, arguments: dict[str, Any]) -> list[launching.Launch]:
         tensors, options = operator_arguments(op, arguments)

@@ -1,5 +1,7 @@
 """Mamba operations as PyTorch operators whose schema names the backend that runs them."""
 
+from torch_mamba_ops import inductor as _inductor  # noqa: F401 - lowers operators once Inductor compiles
+from torch_mamba_ops import settings
 from torch_mamba_ops.dispatch import (
     BackendError,
     NoBackendError,
@@ -13,6 +15,7 @@ from torch_mamba_ops.dispatch.backend import entry_points as _entry_points
 from torch_mamba_ops.dispatch.selection import read_environment as _read_environment
 from torch_mamba_ops.ops import *  # noqa: F403
 from torch_mamba_ops.ops import __all__ as _operations
+from torch_mamba_ops.startup import prepare, warmup
 from torch_mamba_ops.version import VERSION
 
 __version__ = VERSION
@@ -22,9 +25,12 @@ __all__ = [
     "NoBackendError",
     "backends",
     "explain",
+    "prepare",
     "register_backend",
     "set_backend",
+    "settings",
     "use_backend",
+    "warmup",
     *_operations,
 ]
 

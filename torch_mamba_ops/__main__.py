@@ -1,4 +1,5 @@
-"""``python -m torch_mamba_ops``: what is here and what can run; ``demo``: the main job; ``explain``: one choice."""
+"""``python -m torch_mamba_ops``: what is here and what can run; ``demo``: the main job; ``explain``: one choice;
+``prepare`` and ``warmup``: a model's calls."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from torch_mamba_ops.dispatch import OPS, backends, explain, selection
+from torch_mamba_ops.startup import command
 from torch_mamba_ops.testing import build, cases
 from torch_mamba_ops.version import VERSION
 
@@ -99,7 +101,10 @@ def main(argv: list[str] | None = None) -> int:
     explaining = commands.add_parser("explain", help="which backend runs a call, and why")
     explaining.add_argument("operation", choices=sorted(OPS))
     explaining.add_argument("--case", help="one of the operation's cases (ops/<operation>/cases.py)")
+    command.add_commands(commands)
     given = parser.parse_args(arguments)
+    if given.command in ("prepare", "warmup"):
+        return command.main(given)
     return _explain(given.operation, given.case) if given.command == "explain" else _report(given.json)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
-from . import selection
+from . import repeat, selection
 from .errors import BackendError, NoBackendError, describe_call, unknown
 from .mutation import check_disjoint, check_writable
 
@@ -37,6 +38,24 @@ class Asked(Exception):
         super().__init__()
         self.tensors = tensors
         self.options = options
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A compiler's own way with an operator, which it then gets as it is and not as the code of an inline backend.
+
+    Attributes:
+        why_not: called with a backend's name, the tensors and the options; every reason why a call is none for it, from
+            metadata alone.
+        tracing: whether that compiler is tracing now.
+    """
+
+    why_not: Callable[[str, Sequence[Any], Mapping[str, Any]], Sequence[str]]
+    tracing: Callable[[], bool]
+
+    def takes(self, backend: str, tensors: Sequence[Any], options: Mapping[str, Any]) -> bool:
+        """Whether a call that is being traced is left to that compiler."""
+        return not self.why_not(backend, tensors, options) and self.tracing()
 
 
 class Op:
@@ -76,6 +95,7 @@ class Op:
         self.defaults: dict[str, Any] = {}
         self.function: Callable[..., Any]
         self.backends: dict[str, Backend] = {}
+        self.lowering: Lowering | None = None
         _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(
             qualified, lambda *tensors, backend, **options: fake(*tensors, **options), lib=_LIBRARY
@@ -91,11 +111,16 @@ class Op:
             raise Asked(tensors, options)
         if self.mutated:
             self._check_mutated(tensors)
-        key = self.choose(backend, tensors, options)
+        wanted = selection.wanted(self.name, self.backends) if backend is None else backend
+        key = self.choose(wanted, tensors, options)
         if self.differentiable and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             with torch._C._AutoDispatchBelowAutograd():  # autograd's own kernel is Python: 6 us to find nothing to do
-                return self.overload(*tensors, **options, backend=key)
-        return self.overload(*tensors, **options, backend=key)
+                result = self.overload(*tensors, **options, backend=key)
+        else:
+            result = self.overload(*tensors, **options, backend=key)
+        if not torch.compiler.is_compiling():
+            repeat.note(self, tensors, options, wanted, key, result)
+        return result
 
     def choose(self, requested: str | None, tensors: tuple[Any, ...], options: dict[str, Any]) -> str:
         """The key of the backend that runs these arguments.
@@ -188,15 +213,17 @@ class Op:
         self, mode: Any, overload: Any, types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
         """What AOTAutograd records: the code of an inline backend, or the operator itself."""
-        if not all(issubclass(given, _PLAIN_TENSORS) for given in types):
+        if not all(given in _PLAIN_TENSORS for given in types):  # a DTensor is a Tensor, and has rules of its own
             return NotImplemented
-        if self.resolve(kwargs["backend"]).trace == "opaque":
+        backend = self.resolve(kwargs["backend"])
+        if backend.trace == "opaque" or (self.lowering is not None and self.lowering.takes(backend.name, args, kwargs)):
             return mode.__torch_dispatch__(overload, types, args, kwargs)
         with mode:
             return self._run(*args, **kwargs)
 
     def _save(self, ctx: Any, inputs: Sequence[Any], keyword_only_inputs: Mapping[str, Any], output: Any) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
         ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "backend"}
 
     def _backward(self, ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from . import selection
 from .errors import BackendError, describe_call
 from .op import ASK, Asked, Op, operation
@@ -26,12 +28,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The choice for one call. ``chosen`` is None when nothing can run it or the backend asked for cannot."""
+    """The choice for one call. ``chosen`` is None when nothing can run it or the backend asked for cannot; ``compiled``
+    tells what torch.compile makes of the call, ``gradient`` where the gradient comes from, if one is asked for."""
 
     call: str
     chosen: str | None
     why: str
     candidates: tuple[Candidate, ...]
+    compiled: str | None = None
+    gradient: str | None = None
 
     def __str__(self) -> str:
         lines = [self.call]
@@ -40,7 +45,12 @@ class Explanation:
             note = "" if candidate.automatic else " (only by name)"
             reasons = candidate.reasons or ("can run it",)
             lines += [f"{mark} {candidate.name}{note}: {reason}" for reason in reasons]
-        return "\n".join([*lines, f"{self.chosen or 'nothing'}: {self.why}"])
+        lines.append(f"{self.chosen or 'nothing'}: {self.why}")
+        if self.gradient is not None:
+            lines.append(f"gradient: {self.gradient}")
+        if self.compiled is not None:
+            lines.append(f"under torch.compile: {self.compiled}")
+        return "\n".join(lines)
 
 
 def backends(op: str) -> Mapping[str, Backend]:
@@ -82,7 +92,28 @@ def _explanation(op: Op, requested: str | None, tensors: tuple[Any, ...], option
         chosen, why = op.choose(requested, tensors, options).partition("@")[0], _source(op, requested)
     except BackendError as error:
         chosen, why = None, str(error).splitlines()[0]
-    return Explanation(describe_call(op.name, op.named(tensors, options)), chosen, why, candidates)
+    compiled = _compiled(op, op.backends[chosen], tensors, options) if chosen is not None else None
+    call = describe_call(op.name, op.named(tensors, options))
+    return Explanation(call, chosen, why, candidates, compiled, _gradient(op, chosen, tensors))
+
+
+def _gradient(op: Op, chosen: str | None, tensors: tuple[Any, ...]) -> str | None:
+    if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return None
+    if chosen == "reference":
+        return "the reference is differentiated"
+    return f"the reference is run again and differentiated: {chosen} has no backward pass"
+
+
+def _compiled(op: Op, backend: Backend, tensors: tuple[Any, ...], options: dict[str, Any]) -> str:
+    if backend.trace == "opaque":
+        return "called as it is"
+    if op.lowering is None:
+        return "traced through"
+    reasons = op.lowering.why_not(backend.name, tensors, options)
+    if not reasons:
+        return "a template, which takes in what follows"
+    return f"traced through (no template: {'; '.join(reasons)})"
 
 
 def _source(op: Op, requested: str | None) -> str:

@@ -9,6 +9,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from torch_mamba_ops.dispatch import repeat
 from torch_mamba_ops.tuning import generation
 
 # As Triton reads it, once. The interpreter runs kernels on CPU tensors, for tests.
@@ -61,7 +63,7 @@ class Launch:
     options: dict[str, Any]
 
 
-def launch(plan: Callable[..., Launch], *given: Any) -> None:
+def launch(plan: Callable[..., Launch], *given: Any, result: Tensor | None = None) -> None:
     """Starts the kernel of ``plan(*given)``.
 
     Working a plan out, and Triton's own reading of some seventy arguments, take ten times as long as starting the
@@ -70,6 +72,8 @@ def launch(plan: Callable[..., Launch], *given: Any) -> None:
     Args:
         plan: makes the `Launch`.
         *given: tensors, None, and plain values. The plan's tensors are some of these.
+        result: for a backend that does no more than allocate this one of the tensors, start this kernel, which writes
+            all of it, and return it: calls like this one then start from addresses alone, see `repeat.offer`.
     """
     first = given[0]
     if isinstance(first, (FakeTensor, FunctionalTensor)):
@@ -79,10 +83,10 @@ def launch(plan: Callable[..., Launch], *given: Any) -> None:
         if 0 not in made.grid:
             made.kernel[made.grid](**made.tensors, **made.options)
     elif first.device.index == torch.cuda.current_device():
-        _start(plan, given)
+        _start(plan, given, result)
     else:
         with torch.cuda.device(first.device):
-            _start(plan, given)
+            _start(plan, given, None)
 
 
 def _trace(made: Launch) -> None:
@@ -94,14 +98,36 @@ def _trace(made: Launch) -> None:
     torch.library.wrap_triton(made.kernel)[made.grid](**tensors, **made.options)
 
 
-# The launcher, the function and its metadata; the grid; all arguments, and which of them are addresses of which tensor.
-_Started = tuple[tuple[Any, Any, Any], tuple[int, ...], list[Any], list[tuple[int, int]]]
-_started: dict[tuple[Any, ...], _Started | None] = {}
+@dataclass(frozen=True)
+class _Kept:
+    """A compiled kernel, ready to be started again.
+
+    Attributes:
+        run: Triton's launcher. Its arguments are the grid, the stream, the function, then the kernel's.
+        head: picks them, to the last that changes, from the addresses of the tensors that were given, the stream and
+            ``fixed``.
+        fixed: those among them that never change.
+        tail: the others, which never change.
+    """
+
+    run: Callable[..., None]
+    head: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    fixed: tuple[Any, ...]
+    tail: tuple[Any, ...]
+
+    def start(self, device: int, addresses: Sequence[int]) -> None:
+        """Addresses are numbers: Triton asks the driver about each tensor."""
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        self.run(*self.head((*addresses, stream, *self.fixed)), *self.tail)
+
+
+_started: dict[tuple[Any, ...], _Kept | None] = {}
 _KEPT = 4096  # plans; packed batches have ever new sizes
 
 
-def _start(plan: Callable[..., Launch], given: tuple[Any, ...]) -> None:
-    parts: list[Any] = [plan, generation(), given[0].device.index]
+def _start(plan: Callable[..., Launch], given: tuple[Any, ...], result: Tensor | None) -> None:
+    device, tables = given[0].device.index, generation()
+    parts: list[Any] = [plan, tables, device]
     addresses: list[int] = []
     for value in given:
         if isinstance(value, Tensor):
@@ -110,38 +136,63 @@ def _start(plan: Callable[..., Launch], given: tuple[Any, ...]) -> None:
             addresses.append(address)
         else:
             parts.append(value)
-            addresses.append(0)
     key = tuple(parts)
-    if key not in _started:
+    if key in _started:
+        kept = _started[key]
+        if kept is not None:
+            kept.start(device, addresses)
+    else:
         if len(_started) >= _KEPT:
             _started.clear()
-        _first_start(key, plan(*given), given)
-        return
-    found = _started[key]
-    if found is not None:
-        (run, function, metadata), grid, arguments, places = found
-        arguments = arguments.copy()
-        for place, source in places:
-            arguments[place] = addresses[source]  # numbers: Triton asks the driver about each tensor
-        stream = torch._C._cuda_getCurrentRawStream(parts[2])
-        run(*grid, stream, function, metadata, None, None, None, *arguments)
+        kept = _first_start(key, plan(*given), given)
+    if kept is not None and result is not None and repeat.recording():
+        _offer(kept, tables, [value for value in given if isinstance(value, Tensor)], result)
 
 
-def _first_start(key: tuple[Any, ...], made: Launch, given: tuple[Any, ...]) -> None:
+def _first_start(key: tuple[Any, ...], made: Launch, given: tuple[Any, ...]) -> _Kept | None:
     """Starts it as Triton does, compiling if need be, and keeps what a later call changes: the addresses."""
     if 0 in made.grid:
         _started[key] = None
-        return
+        return None
     compiled = made.kernel[made.grid](**made.tensors, **made.options)
     tensors = [value for value in given if isinstance(value, Tensor)]
-    sources = {id(value): position for position, value in enumerate(given) if isinstance(value, Tensor)}
+    sources = {id(tensor): position for position, tensor in enumerate(tensors)}
     if len(sources) < len(tensors):
-        return  # one tensor is two arguments; another call's may be two
-    arguments = [made.options.get(name) for name in made.kernel.arg_names]
-    places = [
-        (place, sources[id(made.tensors[name])])
-        for place, name in enumerate(made.kernel.arg_names)
-        if made.tensors.get(name) is not None
-    ]
-    launcher = (compiled.run, compiled.function, compiled.packed_metadata)
-    _started[key] = (launcher, (*made.grid, 1, 1)[:3], arguments, places)
+        return None  # one tensor is two arguments; another call's may be two
+    grid = (*made.grid, 1, 1)[:3]
+    fixed = [*grid, compiled.function, compiled.packed_metadata, None, None, None]  # no hooks
+    stream = len(tensors)
+    places = [*range(stream + 1, stream + 4), stream, *range(stream + 4, stream + 9)]
+    for name in made.kernel.arg_names:
+        tensor = made.tensors.get(name)
+        if tensor is None:
+            fixed.append(made.options.get(name))
+            places.append(stream + len(fixed))
+        else:
+            places.append(sources[id(tensor)])
+    head = 1 + max(i for i, place in enumerate(places) if place <= stream)
+    early = sum(place > stream for place in places[:head])
+    kept = _Kept(compiled.run, itemgetter(*places[:head]), tuple(fixed[:early]), tuple(fixed[early:]))
+    _started[key] = kept
+    return kept
+
+
+def _offer(kept: _Kept, tables: int, tensors: Sequence[Tensor], result: Tensor) -> None:
+    """Lets calls like this one start from the addresses of their tensors."""
+    others = [tensor for tensor in tensors if tensor is not result]
+    alignment = [tensor.data_ptr() % 16 for tensor in others]  # Triton's code depends on it
+    place = next(place for place, tensor in enumerate(tensors) if tensor is result)
+    size, stride, dtype, device = result.shape, result.stride(), result.dtype, result.device
+    index = device.index
+
+    def start(addresses: list[int]) -> Any:
+        if [address % 16 for address in addresses] != alignment:
+            return NotImplemented
+        if tables != generation() or index != torch._C._cuda_getDevice():
+            return NotImplemented
+        out = torch.empty_strided(size, stride, dtype=dtype, device=device)
+        addresses.insert(place, out.data_ptr())
+        kept.start(index, addresses)
+        return out
+
+    repeat.offer(result, others, start)

@@ -196,8 +196,8 @@ def prepare(
         if HAS_SEQ_IDX:
             own = tl.load(seq_idx + batch * seq_idx_batch + (row + place) * seq_idx_token, inside, 0)
             visible = visible & (own[:, None] == own[None, :])
-        at = (chunk * GROUPS + group) * BLOCK_Q * BLOCK_Q + (place[:, None] * BLOCK_Q + place[None, :])
-        tl.store(scores + at, tl.where(visible, seen, 0.0).to(product))
+        pairs = (chunk * GROUPS + group) * BLOCK_Q * BLOCK_Q + (place[:, None] * BLOCK_Q + place[None, :])
+        tl.store(scores + pairs, tl.where(visible, seen, 0.0).to(product))
 
 
 @triton.jit

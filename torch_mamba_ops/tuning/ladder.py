@@ -2,7 +2,8 @@
 
     {"made_by": ..., "selective_state_update": {"bfloat16 P64 N128": [[48, {"BLOCK_P": 8, ...}], ...], ...}}
 
-Each entry holds from that much work on: sequences x heads, or x channels.
+Each entry holds from that much work on: sequences x heads, or x channels. What warm-up found itself stands in `cache`,
+below them.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import functools
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from torch_mamba_ops.tuning import cache
 
 Config = dict[str, Any]
 VARIABLE = "TORCH_MAMBA_OPS_CONFIGS"
@@ -38,6 +43,8 @@ def configs_for(op: str, key: str, work: Any, device: torch.device) -> Config | 
     if op in _given:
         return _given[op]
     entries = _entries(op, key, device)
+    if _watch.seen is not None and isinstance(work, int):
+        _watch.seen.append(Lookup(op, key, work, tuple(least for least, _ in entries)))
     if not entries:
         return None
     if not isinstance(work, int):
@@ -67,6 +74,45 @@ def use_config(op: str, config: Config) -> Iterator[None]:
             _given[op] = before
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """One question to `configs_for`, and the amounts of work from which a config holds; none where none is known."""
+
+    op: str
+    key: str
+    work: int
+    levels: tuple[int, ...]
+
+
+class _Watch(threading.local):
+    seen: list[Lookup] | None = None
+
+
+_watch = _Watch()
+
+
+@contextmanager
+def watch() -> Iterator[list[Lookup]]:
+    """Lists what this thread looks up inside a ``with`` block: warm-up reaches every config and tunes the rest."""
+    before, _watch.seen = _watch.seen, []
+    try:
+        yield _watch.seen
+    finally:
+        _watch.seen = before
+
+
+def keep(op: str, key: str, device: torch.device, entries: cache.Entries) -> None:
+    """Keeps what tuning found for a key, for this process and the next ones."""
+    cache.keep(table_name(device), op, key, entries)
+    reread()
+
+
+def reread() -> None:
+    """To call after a change of what is on disk, or of where that is. Plans of calls that are kept are made anew."""
+    version.cache_clear()
+    _changes[0] += 1
+
+
 def generation() -> int:
     """A number that is another one after every change of what this module says."""
     return _changes[0]
@@ -75,7 +121,7 @@ def generation() -> int:
 @functools.cache
 def version() -> str:
     """A hash of all tables: compiled graphs hold configs, and a graph with other ones is another graph."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(cache.digest().encode())
     for folder in _folders():
         for path in sorted(folder.glob("*.json")):
             digest.update(path.name.encode() + path.read_bytes())
@@ -84,15 +130,16 @@ def version() -> str:
 
 def table_name(device: torch.device) -> str:
     """The file's name for a device: ``nvidia_h200``."""
+    if device.type != "cuda":
+        return device.type
     name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none"
     return "_".join(name.lower().replace("-", " ").split())
 
 
-def _entries(op: str, key: str, device: torch.device) -> list[tuple[int, Config]]:
-    if device.type != "cuda":
-        return []
-    entries: list[tuple[int, Config]] = _table(table_name(device)).get(op, {}).get(key, [])
-    return entries
+def _entries(op: str, key: str, device: torch.device) -> cache.Entries:
+    name = table_name(device)
+    entries: cache.Entries = _table(name).get(op, {}).get(key, [])
+    return entries or cache.load(name, op, key)
 
 
 @functools.cache

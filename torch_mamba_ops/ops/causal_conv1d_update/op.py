@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_mamba_ops.dispatch import Op
+from torch_mamba_ops.dispatch.repeat import each_time, repeatable
 from torch_mamba_ops.ops.checks import INTEGER, canonical_activation, check_dtype, check_out, check_rank, check_tensor
 from torch_mamba_ops.ops.conv import check_filter, check_window
 from torch_mamba_ops.ops.packing import check_longest, check_packing
@@ -26,6 +27,7 @@ OP = Op(
 )
 
 
+@repeatable(OP, unread=("cache_seqlens", "num_accepted_tokens"))
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,
@@ -93,7 +95,7 @@ def causal_conv1d_update(
                 "max_query_len: got None with query_start_loc, expected a bound on the tokens of one sequence"
             )
         check_longest("max_query_len", max_query_len)
-        check_packing("query_start_loc", query_start_loc, x.shape[0], x.device, max_query_len)
+        each_time(check_packing, "query_start_loc", query_start_loc, x.shape[0], x.device, max_query_len)
         batch, length = query_start_loc.shape[0] - 1, max_query_len
     elif max_query_len is not None:
         raise ValueError(f"max_query_len: got {max_query_len} without query_start_loc, expected both")
@@ -101,7 +103,7 @@ def causal_conv1d_update(
         batch, length = x.shape[0], x.shape[2] if x.dim() == 3 else 1
     if conv_state_indices is not None:
         check_tensor("conv_state_indices", conv_state_indices, (batch,), "[batch]", x.device, INTEGER)
-        check_slots("conv_state_indices", conv_state_indices, slots, pad_slot_id, written=True)
+        each_time(check_slots, "conv_state_indices", conv_state_indices, slots, pad_slot_id, written=True)
     elif slots != batch:
         raise ValueError(f"conv_state: got {slots} slots, expected {batch}, one a sequence, without conv_state_indices")
     if cache_seqlens is not None:

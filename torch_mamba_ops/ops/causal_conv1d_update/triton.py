@@ -38,7 +38,7 @@ def causal_conv1d_update(
     out = torch.empty_like(x) if query_start_loc is None else torch.zeros_like(x)
     launch(
         _plan, x, conv_state, weight, bias, cache_seqlens, conv_state_indices, num_accepted_tokens, query_start_loc,
-        out, activation, pad_slot_id,
+        out, activation, pad_slot_id, result=out if query_start_loc is None else None,
     )  # fmt: skip
     return out
 

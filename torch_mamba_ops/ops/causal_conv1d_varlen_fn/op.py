@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torch_mamba_ops.dispatch import Op
+from torch_mamba_ops.dispatch.repeat import each_time, repeatable
 from torch_mamba_ops.ops.checks import INTEGER, canonical_activation, check_dtype, check_rank, check_tensor
 from torch_mamba_ops.ops.conv import check_filter, check_window
 from torch_mamba_ops.ops.packing import check_packing
@@ -24,6 +25,7 @@ OP = Op(
 )
 
 
+@repeatable(OP, unread=("has_initial_state",))
 def causal_conv1d_varlen_fn(
     x: Tensor,
     weight: Tensor,
@@ -71,13 +73,13 @@ def causal_conv1d_varlen_fn(
     check_dtype("x", x)
     dim = x.shape[0]
     width = check_filter(x, dim, weight, bias, widest=4)
-    check_packing("query_start_loc", query_start_loc, x.shape[1], x.device)
+    each_time(check_packing, "query_start_loc", query_start_loc, x.shape[1], x.device)
     sequences = query_start_loc.shape[0] - 1
     check_window(conv_states, "conv_states", x, dim, width)
     slots = conv_states.shape[0]
     if cache_indices is not None:
         check_tensor("cache_indices", cache_indices, (sequences,), "[sequences]", x.device, INTEGER)
-        check_slots("cache_indices", cache_indices, slots, pad_slot_id, written=True)
+        each_time(check_slots, "cache_indices", cache_indices, slots, pad_slot_id, written=True)
     elif slots != sequences:
         raise ValueError(f"conv_states: got {slots} slots, expected {sequences}, one a sequence, without cache_indices")
     if has_initial_state is not None:

@@ -18,7 +18,7 @@ OP = Op(
     "copy_states(Tensor? src_pool, Tensor(a!) dst_pool, Tensor src_indices, Tensor dst_indices, *, int pad_slot_id, "
     "str backend) -> ()",
     fake=_fake,
-    auto=("reference",),
+    auto=("triton", "reference"),
 )
 
 

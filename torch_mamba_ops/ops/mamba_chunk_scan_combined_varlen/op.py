@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_mamba_ops.dispatch import Op
+from torch_mamba_ops.dispatch.repeat import each_time, repeatable
 from torch_mamba_ops.ops.checks import INTEGER, check_out, check_rank, check_scan_inputs, check_tensor, finite_limits
 from torch_mamba_ops.ops.packing import check_packing
 from torch_mamba_ops.ops.pool import check_slots
@@ -28,6 +29,7 @@ OP = Op(
 )
 
 
+@repeatable(OP, unread=("has_initial_state", "num_computed_tokens"))
 def mamba_chunk_scan_combined_varlen(
     x: Tensor,
     dt: Tensor,
@@ -91,7 +93,7 @@ def mamba_chunk_scan_combined_varlen(
     check_rank("x", x, (3,), "[total_tokens, heads, head_dim]")
     tokens, heads, head_dim = x.shape
     size = check_scan_inputs((tokens,), x, dt, A, B, C, chunk_size, D, z, dt_bias)
-    check_packing("cu_seqlens", cu_seqlens, tokens, x.device)
+    each_time(check_packing, "cu_seqlens", cu_seqlens, tokens, x.device)
     sequences = cu_seqlens.shape[0] - 1
     if states is None:
         for name, tensor in (("state_indices", state_indices), ("has_initial_state", has_initial_state)):
@@ -110,8 +112,8 @@ def mamba_chunk_scan_combined_varlen(
     ):
         if tensor is not None:
             check_tensor(name, tensor, (sequences,), "[sequences]", x.device, dtypes)
-    if states is not None:
-        check_slots("state_indices", state_indices, states.shape[0], pad_slot_id, written=True)
+    if states is not None and state_indices is not None:
+        each_time(check_slots, "state_indices", state_indices, states.shape[0], pad_slot_id, written=True)
     dt_min, dt_max = finite_limits(dt_limit)
     tensors = (
         x, dt, A, B, C, cu_seqlens, D, z, dt_bias, states, state_indices, has_initial_state, num_computed_tokens,

@@ -9,15 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)), also where exp(x) is small against 1: dt's usual range, and Triton has no log1p."""
-    small = tl.exp(-tl.abs(x))
-    sum_ = 1.0 + small
-    # Kahan's log1p: the error of the sum cancels in the quotient.
-    log1p = tl.where(sum_ == 1.0, small, tl.log(sum_) * (small / tl.where(sum_ == 1.0, 1.0, sum_ - 1.0)))
-    return tl.maximum(x, 0.0) + log1p
+from torch_mamba_ops.ops.tiles import silu, softplus
 
 
 @triton.jit
@@ -46,6 +38,47 @@ def stochastic_round(values, random, DTYPE: tl.constexpr):
         small = (small.to(tl.uint32, bitcast=True) | (bits & 0x80000000)).to(tl.float32, bitcast=True)
         rounded = tl.where(size < 0.00006103515625, small, rounded)
     return tl.where(magnitude < 0x7F800000, rounded, values).to(DTYPE)
+
+
+@triton.jit
+def read_head(
+    A,
+    D,
+    dt_bias,
+    head,
+    channel,
+    n,
+    in_p,
+    tile,
+    A_HEAD: tl.constexpr,
+    A_DIM: tl.constexpr,
+    A_N: tl.constexpr,
+    D_HEAD: tl.constexpr,
+    D_DIM: tl.constexpr,
+    DT_BIAS_HEAD: tl.constexpr,
+    DT_BIAS_DIM: tl.constexpr,
+    TIED: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_DT_BIAS: tl.constexpr,
+):
+    """A head's A (a scalar if tied, else ``[P, N]``), D and dt_bias (``[P]`` or a scalar), in float32."""
+    if TIED:
+        rate = tl.load(A + head * A_HEAD).to(tl.float32)
+    else:
+        rate = tl.load(A + head * A_HEAD + channel[:, None] * A_DIM + n[None, :] * A_N, tile, 0.0).to(tl.float32)
+    skip = 0.0
+    if HAS_D:
+        if D_DIM == 0:
+            skip = tl.load(D + head * D_HEAD).to(tl.float32)
+        else:
+            skip = tl.load(D + head * D_HEAD + channel * D_DIM, in_p, 0.0).to(tl.float32)
+    bias = 0.0
+    if HAS_DT_BIAS:
+        if TIED:
+            bias = tl.load(dt_bias + head * DT_BIAS_HEAD).to(tl.float32)
+        else:
+            bias = tl.load(dt_bias + head * DT_BIAS_HEAD + channel * DT_BIAS_DIM, in_p, 0.0).to(tl.float32)
+    return rate, skip, bias
 
 
 @triton.jit
@@ -106,7 +139,7 @@ def update(state, x, step, A, B, C, D, z, TIED: tl.constexpr, HAS_D: tl.constexp
     if HAS_D:
         y += D * x
     if HAS_Z:
-        y *= z / (1.0 + tl.exp(-z))
+        y *= silu(z)
     return state, y
 
 
@@ -115,7 +148,11 @@ def store_state(
     pool,
     values,
     at,
-    row,
+    slot,
+    heads,
+    head,
+    head_dim,
+    channel,
     mask,
     seed,
     N: tl.constexpr,
@@ -123,16 +160,20 @@ def store_state(
     STOCHASTIC: tl.constexpr,
     ROUNDS: tl.constexpr,
 ):
-    """Writes a tile of a state. ``row`` is the number of each of its rows in the pool."""
+    """Writes a tile of a slot's state; ``pool`` points to the slot and head."""
     dtype: tl.constexpr = pool.dtype.element_ty
     if STOCHASTIC:
+        row = (slot * heads + head) * head_dim + channel
         random = random_bits(seed, row, (N + 7) // 8, ROUNDS, BLOCK_N // 8)
         tl.store(pool + at, stochastic_round(values, random, dtype), mask)
     else:
         tl.store(pool + at, values.to(dtype), mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["pad_slot_id"],
+    do_not_specialize_on_alignment=["read_slots", "write_slots", "cu_seqlens", "accepted", "buffer_rows", "rand_seed"],
+)
 def selective_state_update(
     state,
     x,
@@ -264,22 +305,10 @@ def selective_state_update(
             column = tl.minimum(tl.maximum(tl.load(accepted + sequence).to(tl.int32) - 1, 0), read_columns - 1)
         slot = tl.load(read_slots + sequence * read_row + column * read_column).to(tl.int64)
     # While the slot is on its way, so that all but the state is ready when the state comes.
-    if TIED:
-        rate = tl.load(A + head * A_HEAD).to(tl.float32)
-    else:
-        rate = tl.load(A + head * A_HEAD + channel[:, None] * A_DIM + n[None, :] * A_N, tile, 0.0).to(tl.float32)
-    skip = 0.0
-    if HAS_D:
-        if D_DIM == 0:
-            skip = tl.load(D + head * D_HEAD).to(tl.float32)
-        else:
-            skip = tl.load(D + head * D_HEAD + channel * D_DIM, in_p, 0.0).to(tl.float32)
-    bias = 0.0
-    if HAS_DT_BIAS:
-        if TIED:
-            bias = tl.load(dt_bias + head * DT_BIAS_HEAD).to(tl.float32)
-        else:
-            bias = tl.load(dt_bias + head * DT_BIAS_HEAD + channel * DT_BIAS_DIM, in_p, 0.0).to(tl.float32)
+    rate, skip, bias = read_head(
+        A, D, dt_bias, head, channel, n, in_p, tile, A_HEAD, A_DIM, A_N, D_HEAD, D_DIM, DT_BIAS_HEAD, DT_BIAS_DIM,
+        TIED, HAS_D, HAS_DT_BIAS,
+    )  # fmt: skip
     inputs, step, to_state, from_state, gate = read_token(
         x, dt, B, C, z, bias, channel, n, in_p, in_n, True,
         X_DIM, DT_DIM, B_N, C_N, Z_DIM, DT_SOFTPLUS, TIED, HAS_Z, HAS_DT_BIAS,
@@ -328,15 +357,18 @@ def selective_state_update(
         if WRITE == "each":
             if token < write_columns:
                 slot = tl.load(write_slots + sequence * write_row + token * write_column).to(tl.int64)
-                row_in_pool = (slot * heads + head) * head_dim + channel
                 wanted = tile & (slot != pad_slot_id)
                 pool = state + slot * state_slot
-                store_state(pool, values, at, row_in_pool, wanted, seed, N, BLOCK_N, STOCHASTIC, ROUNDS)
+                store_state(
+                    pool, values, at, slot, heads, head, head_dim, channel, wanted, seed, N, BLOCK_N, STOCHASTIC, ROUNDS
+                )
 
     if WRITE == "last":
         wanted = tile
         if ELSEWHERE:
             slot = tl.load(write_slots + sequence * write_row).to(tl.int64)
             wanted = tile & (slot != pad_slot_id)
-        row_in_pool = (slot * heads + head) * head_dim + channel
-        store_state(state + slot * state_slot, values, at, row_in_pool, wanted, seed, N, BLOCK_N, STOCHASTIC, ROUNDS)
+        pool = state + slot * state_slot
+        store_state(
+            pool, values, at, slot, heads, head, head_dim, channel, wanted, seed, N, BLOCK_N, STOCHASTIC, ROUNDS
+        )

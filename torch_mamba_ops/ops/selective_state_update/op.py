@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_mamba_ops.dispatch import Op
+from torch_mamba_ops.dispatch.repeat import each_time, repeatable
 from torch_mamba_ops.ops.checks import (
     FLOATING,
     INTEGER,
@@ -38,6 +39,7 @@ OP = Op(
 )
 
 
+@repeatable(OP, unread=("num_accepted_tokens", "rand_seed"))
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -183,7 +185,9 @@ def selective_state_update(
             raise ValueError(f"intermediate_states_buffer: got {steps} steps a row, expected at least {length}")
         if intermediate_state_indices is not None:
             check_tensor("intermediate_state_indices", intermediate_state_indices, (batch,), "[batch]", device, INTEGER)
-            check_slots("intermediate_state_indices", intermediate_state_indices, rows, pad_slot_id, written=True)
+            each_time(
+                check_slots, "intermediate_state_indices", intermediate_state_indices, rows, pad_slot_id, written=True
+            )
         elif rows < batch:
             raise ValueError(f"intermediate_states_buffer: got {rows} rows, expected {batch}, one a sequence")
     elif intermediate_state_indices is not None:
@@ -238,7 +242,7 @@ def _token_dims(x: Tensor, channel_dims: int, cu_seqlens: Tensor | None, max_seq
         if max_seqlen is None:
             raise ValueError("max_seqlen: got None with cu_seqlens, expected a bound on the tokens of one sequence")
         check_longest("max_seqlen", max_seqlen)
-        check_packing("cu_seqlens", cu_seqlens, x.shape[0], x.device, max_seqlen)
+        each_time(check_packing, "cu_seqlens", cu_seqlens, x.shape[0], x.device, max_seqlen)
     return tuple(x.shape[: x.dim() - channel_dims])
 
 
@@ -269,7 +273,7 @@ def _check_slots_arguments(
                 raise ValueError(f"{name}: got no column, expected one for the state after each token")
             target = not keep and (write is None or slots is write)
             # Columns may hold slots that no token of this call writes.
-            check_slots(name, slots, state.shape[0], pad_slot_id, written=target and slots.dim() == 1)
+            each_time(check_slots, name, slots, state.shape[0], pad_slot_id, written=target and slots.dim() == 1)
     if accepted is not None:
         check_tensor("num_accepted_tokens", accepted, (batch,), "[batch]", device, INTEGER)
         if read.dim() != 2:

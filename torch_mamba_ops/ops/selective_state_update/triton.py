@@ -55,14 +55,15 @@ def selective_state_update(
     allocate = torch.empty_like if cu_seqlens is None else torch.zeros_like
     out = allocate(x, memory_format=torch.contiguous_format)
     launch(
-        _plan, state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices, cu_seqlens,
+        plan, state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices, cu_seqlens,
         num_accepted_tokens, intermediate_states_buffer, intermediate_state_indices, rand_seed, out, dt_softplus,
         pad_slot_id, disable_state_update, philox_rounds,
+        result=out if cu_seqlens is None else None,
     )  # fmt: skip
     return out
 
 
-def _plan(
+def plan(
     state: Tensor,
     x: Tensor,
     dt: Tensor,
@@ -85,6 +86,7 @@ def _plan(
     disable_state_update: bool,
     philox_rounds: int,
 ) -> Launch:
+    """How the kernel is started for a call, worked out from the metadata of its arguments."""
     from torch_mamba_ops.ops.selective_state_update import kernels
 
     mamba1 = state.dim() == 3

@@ -1,0 +1,732 @@
+"""The decode step as Inductor's template: which calls it takes, the code they become, and that it computes the same.
+
+Without a GPU the code is written for a pretended one, and its kernels run in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import aot_export_module
+from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import torch_mamba_ops as tmo
+import torch_mamba_ops.inductor
+from torch_mamba_ops.dispatch import OPS, Backend
+from torch_mamba_ops.inductor import gate, rule
+from torch_mamba_ops.ops.case import Case
+from torch_mamba_ops.ops.selective_state_update.cases import _Shape
+from torch_mamba_ops.testing import assert_right, build, cases, copied, truth
+from torch_mamba_ops.testing.check import GUARD, operator_arguments, poison_unused_rows
+
+triton = pytest.importorskip("triton")
+
+SSU = "selective_state_update"
+SMALL = {case.name: case for case in cases(SSU)}
+COVERED = (
+    *("mamba2", "mamba2_expanded", "mamba2_untied", "mamba1", "mamba1_slots", "bare", "skip_by_head_one_group"),
+    *("slots_with_padding", "all_padding", "other_pad_slot", "destination_slots", "padded_page", "bfloat16"),
+    "float16_state",
+)
+SHAPE = _Shape(
+    batch=5, heads=8, head_dim=64, state=128, slots=40, dtype=torch.bfloat16, read=(7, 2, 5, 39, -1), gate=False
+)
+MODEL = Case("model", SHAPE)
+HERE = Path(__file__).parent
+LOGGER = "torch_mamba_ops.inductor"
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decode step and what stands around it, as a function of tensors.
+
+    Attributes:
+        inputs: what the function is called with.
+        arrange: makes the public function's arguments of them.
+        after: makes the result of the step's output and of the inputs.
+    """
+
+    inputs: tuple[Tensor, ...]
+    arrange: Callable[..., Arguments]
+    after: Callable[..., Tensor] = lambda y, *_: y
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        arguments = {"backend": "triton"} | self.arrange(*inputs)
+        return self.after(tmo.selective_state_update(**arguments), *inputs)
+
+
+def _arguments(case: Case, device: str) -> Arguments:
+    """Its tensors as the operator gets them: what was expanded is one value a head."""
+    arguments = build(case, device)
+    tensors = dict(zip(OPS[SSU].tensors, operator_arguments(SSU, arguments)[0], strict=True))
+    return arguments | {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _alone(case: Case, device: str = "cpu", **options: Any) -> Step:
+    arguments = _arguments(case, device) | options
+    names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+    inputs = tuple(arguments[name] for name in names)
+    return Step(inputs, lambda *given: arguments | dict(zip(names, given, strict=True)))
+
+
+def _followed(case: Case, device: str = "cpu") -> Step:
+    """A gate outside the operator, of powers of two: torch 2.13 rounds the output before it, 2.11 does not."""
+    step, x = _alone(case, device), build(case, device)["x"]
+    powers = torch.randint(-2, 3, x.shape, device=device, generator=torch.Generator(device).manual_seed(1))
+    return Step(
+        (*step.inputs, (-2.0 * 2.0**powers).to(x.dtype)),
+        lambda *given: step.arrange(*given[:-1]),
+        lambda y, *given: y * given[-1],
+    )
+
+
+def _views(case: Case, device: str = "cpu") -> Step:
+    """One layer of a pool of all layers; x, B and C are parts of one tensor, as a convolution leaves them."""
+    arguments = _arguments(case, device)
+    state, *parts = (arguments[name] for name in ("state", "x", "B", "C"))
+    shapes = [part.shape for part in parts]
+    pool = torch.full((3, *state.shape), GUARD, dtype=state.dtype, device=device)
+    pool[1] = state
+    joined = torch.cat([part.flatten(1) for part in parts], 1)
+    names = [n for n, v in arguments.items() if isinstance(v, Tensor) and n not in ("state", "x", "B", "C")]
+
+    def arrange(pool: Tensor, joined: Tensor, *given: Tensor) -> Arguments:
+        split = joined.split([shape[1:].numel() for shape in shapes], 1)
+        views = {name: part.view(shape) for name, part, shape in zip(("x", "B", "C"), split, shapes, strict=True)}
+        return arguments | dict(zip(names, given, strict=True)) | views | {"state": pool.select(0, 1)}
+
+    return Step((pool, joined, *(arguments[name] for name in names)), arrange)
+
+
+STEPS: dict[str, Callable[[str], Step]] = {
+    **{name: functools.partial(_alone, SMALL[name]) for name in COVERED},
+    **{
+        f"{name}, followed": functools.partial(_followed, SMALL[name])
+        for name in ("mamba1_slots", "mamba2_untied", "slots_with_padding", "padded_page", "bfloat16")
+    },
+    "views": functools.partial(_views, SMALL["slots_with_padding"]),
+    "state left alone": functools.partial(_alone, SMALL["padded_page"], disable_state_update=True),
+}
+
+
+def _seeded(device: str) -> Step:
+    return _alone(SMALL["float16_state"], device, rand_seed=torch.tensor([-12345678901234], device=device))
+
+
+def _right(step: Step, run: Callable[..., Tensor]) -> None:
+    """Runs a step in some way and compares its result, and the state it leaves, with the equations."""
+    inputs = tuple(copied(dict(enumerate(step.inputs))).values())
+    given, exact = step.arrange(*inputs), tuple(tensor.double() for tensor in step.inputs)
+    expected = truth(SSU, step.arrange(*step.inputs))
+    expected = replace(expected, outputs=(step.after(expected.outputs[0], *exact),))
+    if any(given["state"] is tensor for tensor in inputs):
+        poison_unused_rows(given, expected, SSU)
+    assert_right(SSU, given, run(*inputs), expected)
+
+
+def _same_bits(step: Step, run: Callable[..., Tensor], device: str) -> None:
+    """Likewise, with the kernel that eager mode starts, for states that are rounded stochastically."""
+    inputs, others = (tuple(copied(dict(enumerate(step.inputs))).values()) for _ in range(2))
+    torch.testing.assert_close(run(*inputs), step(*others))
+    state, other = step.arrange(*inputs)["state"], step.arrange(*others)["state"]
+    assert not torch.equal(state, step.arrange(*step.inputs)["state"])
+    # On a GPU a difference in the last of float32's 24 bits shows where it carries over.
+    assert float((state != other).float().mean()) <= (1e-3 if device == "cuda" else 0)
+
+
+def _process(program: str, **environment: str) -> list[str]:
+    """The lines that a Python process prints, in which this module can be imported."""
+    path = os.pathsep.join([str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path} | environment
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def _faked(step: Step) -> tuple[Tensor, ...]:
+    """Its inputs, on a GPU that need not be there."""
+    return tuple(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") for t in step.inputs)
+
+
+# --- which calls stay in the graph ---
+
+
+def test_importing_it_loads_no_compiler() -> None:
+    program = (
+        "import sys, torch_mamba_ops.inductor; print([m for m in ('torch._inductor', 'triton') if m in sys.modules])"
+    )
+    assert _process(program) == ["[]"]
+
+
+@contextlib.contextmanager
+def _inside_compile_fx(mode: FakeTensorMode, ahead_of_time: bool = False) -> Iterator[None]:
+    from torch._inductor.virtualized import V
+
+    with V.set_fake_mode(mode), V.set_aot_compilation(ahead_of_time):
+        yield
+
+
+def _recorded(name: str, inside: Callable[[FakeTensorMode], Any] = _inside_compile_fx) -> set[str]:
+    """What AOTAutograd records of a case on a GPU: the operator, or the kernel."""
+    step = _alone(SMALL[name])
+
+    class Call(torch.nn.Module):
+        def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+            return (step(*inputs),)
+
+    with FakeTensorMode() as mode, inside(mode):
+        graph, _ = aot_export_module(Call(), list(_faked(step)), trace_joint=False)
+    found = " ".join(str(part) for node in graph.graph.nodes for part in (node.target, *node.args))
+    return {kind for kind in (f"torch_mamba_ops.{SSU}", "triton_kernel_wrapper") if kind in found}
+
+
+OPERATOR, KERNEL = {f"torch_mamba_ops.{SSU}"}, {"triton_kernel_wrapper"}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_one_token_stays_an_operator_for_inductor_and_the_rest_is_inlined(name: str) -> None:
+    assert _recorded(name) == (OPERATOR if name in COVERED else KERNEL)
+
+
+def test_other_compilers_and_packages_get_the_kernel() -> None:
+    assert _recorded("mamba2", lambda mode: contextlib.nullcontext()) == KERNEL
+    assert _recorded("mamba2", lambda mode: _inside_compile_fx(mode, ahead_of_time=True)) == KERNEL
+
+
+def test_every_reason_against_the_template_is_told() -> None:
+    given = dict.fromkeys(OPS[SSU].arguments) | build(SMALL["packed_accepted"])
+    told = rule.why_not("mine", given)
+    for word in ("mine", "on cpu", "cu_seqlens", "num_accepted_tokens", "dst_state_batch_indices has columns"):
+        assert sum(word in reason for reason in told) == 1, (word, told)
+    assert len(told) == 6
+
+
+def test_explain_tells_what_becomes_of_a_call() -> None:
+    step = _alone(SMALL["mamba2"])
+    with FakeTensorMode():
+        told = str(tmo.explain(SSU, **step.arrange(*_faked(step))))
+    assert told.endswith("under torch.compile: a template, which takes in what follows")
+    compiled = tmo.explain(SSU, **build(SMALL["packed"])).compiled
+    assert compiled is not None and "without cu_seqlens" in compiled and "reference" in compiled
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_graphs_that_may_call_flashinfer_are_other_graphs(installed: bool) -> None:
+    program = (
+        "import importlib.util; find = importlib.util.find_spec\n"
+        f"there = {installed} or None\n"
+        "importlib.util.find_spec = lambda name, *more: there if name == 'flashinfer' else find(name, *more)\n"
+        f"import torch_mamba_ops as tmo, torch_mamba_ops.inductor; print(tmo.backends({SSU!r})['triton'].key)"
+    )
+    (key,) = _process(program)
+    assert key.startswith("triton@") and ("flashinfer" in key) == installed
+
+
+@pytest.fixture
+def not_ready_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "ready", functools.cache(gate.ready.__wrapped__))
+
+
+@pytest.mark.usefixtures("not_ready_yet")
+def test_on_another_torch_the_kernel_is_inlined_and_the_reason_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gate, "_TESTED", ((2, 3), (2, 4)))
+    assert _recorded("mamba2") == _recorded("mamba1") == KERNEL
+    (told,) = (record.getMessage() for record in caplog.records if record.name == LOGGER)
+    assert "tested with torch 2.3 to 2.4" in told and torch.__version__ in told
+
+
+@pytest.mark.usefixtures("not_ready_yet")
+def test_where_inductor_lacks_a_name_the_kernel_is_inlined(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_mamba_ops.inductor.lowering", None)  # importing it fails
+    assert _recorded("mamba2") == KERNEL
+    assert "lacks what they are made of" in caplog.text
+
+
+# --- the code that they become ---
+
+
+class _PretendedDriver:
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def _pretended_gpu() -> Iterator[None]:
+    from torch._inductor.runtime.hints import DeviceProperties
+
+    properties = DeviceProperties("cuda", 0, 132, 90, 9, 65536, 2048, warp_size=32)
+    with contextlib.ExitStack() as stack:
+        for patch in (
+            mock.patch.object(triton.runtime.driver, "_active", _PretendedDriver()),
+            mock.patch.object(DeviceProperties, "create", lambda *_: properties),
+            mock.patch("torch.cuda.get_device_properties", lambda *_: properties),
+            mock.patch("torch.cuda.get_device_capability", lambda *_: (9, 0)),
+            mock.patch("torch._inductor.scheduler.has_triton", lambda *_: True),
+        ):
+            stack.enter_context(patch)
+        yield
+
+
+def _written(step: Step) -> str:
+    """The code that Inductor writes for a step on a GPU."""
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    with FakeTensorMode() as mode, _pretended_gpu():
+        inputs = _faked(step)
+        assert gate.ready()
+        graph = GraphLowering(make_fx(step, select_decomp_table())(*inputs), shape_env=mode.shape_env)
+        with V.set_graph_handler(graph), V.set_fake_mode(mode), DebugContext():
+            graph.run(*inputs)
+            code = graph.codegen()[0]
+    return code if isinstance(code, str) else code.value
+
+
+def _launches(code: str) -> list[tuple[str, list[str]]]:
+    """Each kernel that the code starts, with its arguments."""
+    return [(name, given.split(", ")) for name, given in re.findall(r"(triton_\w+)\.run\((.*), stream=", code)]
+
+
+def _inputs(code: str) -> list[str]:
+    found = re.search(r"^ +(.*) = args$", code, re.MULTILINE)
+    assert found is not None
+    return found[1].split(", ")
+
+
+def _made(code: str) -> list[str]:
+    """The sizes of the tensors that the code makes."""
+    return re.findall(r"= empty_strided_cuda\((\([\w, ]+\))", code)
+
+
+def _kernel(code: str, name: str) -> str:
+    return code[code.index(f"async_compile.triton('{name}', '''") :].split("'''")[1]
+
+
+def _imported(source: str, path: Path) -> Any:
+    """The module of a kernel, without Inductor's launcher around it."""
+    path.write_text(re.sub(r"@triton_heuristics\.template\(.*?\n\)\n", "", source, count=1, flags=re.DOTALL))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _gated(step: Step, shape: Callable[[Tensor], Tensor] = lambda y: y) -> Step:
+    """A gate with an activation, a cast and a residual."""
+    x = step.arrange(*step.inputs)["x"]
+    more = (shape(torch.ones_like(x)), shape(torch.ones_like(x)).float())
+    after = lambda y, *given: (shape(y) * torch.nn.functional.silu(given[-2])).float() + given[-1]  # noqa: E731
+    return Step((*step.inputs, *more), lambda *given: step.arrange(*given[: len(step.inputs)]), after)
+
+
+def test_what_follows_is_in_the_kernel_and_the_state_stays_where_it_is() -> None:
+    step = _gated(_alone(MODEL))
+    code = _written(step)
+    ((name, given),) = _launches(code)
+    assert name.startswith("triton_tem_fused") and set(_inputs(code)) <= set(given)
+    assert given[0] == _inputs(code)[0], "the pool itself"
+    assert _made(code) == ["(5, 8, 64)"], "and nothing but the result is made"
+
+
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11"), reason="Inductor of torch 2.11 does not fuse through a view of the output"
+)
+def test_what_follows_a_view_of_the_output_is_in_the_kernel() -> None:
+    code = _written(_gated(_alone(MODEL), lambda y: y.flatten(1)))
+    assert len(_launches(code)) == 1 and _made(code) == ["(5, 512)"]
+
+
+def test_views_are_read_and_written_where_they_are() -> None:
+    code = _written(_views(MODEL))
+    ((_, given),) = _launches(code)
+    assert given[:2] == _inputs(code)[:2] and _made(code) == ["(5, 8, 64)"]
+
+
+@pytest.mark.parametrize("name", [case.name for case in cases(SSU, "model")])
+def test_models_kernels_compile_without_spilling(name: str, tmp_path: Path) -> None:
+    (case,) = (case for case in cases(SSU, "model") if case.name == name)
+    code = _written(_followed(case))
+    ((kernel, _),) = _launches(code)
+    source = _kernel(code, kernel)
+    meta = eval(re.search(r"^triton_meta=(.*),$", source, re.MULTILINE)[1], {"DeviceProperties": dict})  # type: ignore[index]
+    warps = int(re.search(r"^num_warps=(\d+)", source, re.MULTILINE)[1])  # type: ignore[index]
+    function = getattr(_imported(source, tmp_path / f"{name}.py"), kernel)
+    for capability in (80, 90, 100):
+        compiled = triton.compile(
+            triton.compiler.ASTSource(function, meta["signature"], {}, meta["configs"][0]),
+            target=triton.backends.compiler.GPUTarget("cuda", capability, 32),
+            options={"num_warps": warps},
+        )
+        (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        command = [str(tool), "-res-usage", str(tmp_path / "kernel.cubin")]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
+
+
+# --- the choice ---
+
+
+def test_without_autotuning_there_is_one_config_and_it_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    refuse = mock.patch("torch_mamba_ops.inductor.lowering.autotune_select_algorithm", side_effect=AssertionError)
+    with caplog.at_level(logging.INFO, LOGGER), refuse:
+        _written(_alone(MODEL))
+    (told,) = (record.getMessage() for record in caplog.records if record.name == LOGGER)
+    assert "state torch.float32 (40, 8, 64, 128)" in told and "BLOCK_P=32" in told and "num_warps=4" in told
+
+
+@contextlib.contextmanager
+def _autotuning(choose: Callable[..., Any]) -> Iterator[None]:
+    from torch._inductor import config
+
+    chooser = mock.patch("torch_mamba_ops.inductor.lowering.autotune_select_algorithm", choose)
+    with config.patch(max_autotune=True), chooser:
+        yield
+
+
+def _flashinfer(run: Callable[..., Any]) -> Any:
+    """FlashInfer, as if it were there and could run everything."""
+    backends = OPS[SSU].backends | {
+        "flashinfer": Backend("flashinfer", "flashinfer@1", run, lambda *_, **__: [], "opaque")
+    }
+    return mock.patch.object(OPS[SSU], "backends", backends)
+
+
+def test_flashinfer_is_a_choice_of_max_autotune_and_called_as_the_operator() -> None:
+    offered: list[Any] = []
+
+    def last(name: str, choices: list[Any], *_: Any, **__: Any) -> Any:
+        offered.extend(choices)
+        return choices[-1].output_node()
+
+    step = _alone(MODEL)
+    with _autotuning(last), _flashinfer(lambda *_, **__: None):
+        code = _written(replace(step, after=lambda y, *_: y * 2))
+    assert len({choice.description for choice in offered}) == len(offered) > 4, "each config once"
+    called = re.findall(
+        r"= torch\.ops\.torch_mamba_ops\.selective_state_update\.default\((\w+), .*backend='(.*?)'", code
+    )
+    assert called == [(_inputs(code)[0], "flashinfer@1")]
+    assert "clone" not in code and "triton_tem" not in code
+
+
+@dataclass
+class _Node:
+    """A tensor in Inductor's representation."""
+
+    name: str
+    tensor: Tensor
+
+    def __post_init__(self) -> None:
+        self.get_name, self.get_dtype, self.get_device = lambda: self.name, lambda: self.tensor.dtype, lambda: "cpu"
+        self.get_size, self.get_stride = lambda: self.tensor.shape, self.tensor.stride
+        self.get_layout = lambda: mock.Mock(offset=self.tensor.storage_offset())
+
+
+def test_scratch_states_are_as_many_as_sequences_and_slots_are_among_them() -> None:
+    from torch._inductor.virtualized import V
+
+    from torch_mamba_ops.inductor.scratch import generators
+
+    pool = _Node("pool", torch.empty(3, 40, 8, 6, 5)[1])
+    columns = torch.empty(5, 2, dtype=torch.int32)
+    read, write = _Node("slots", columns[:, 0]), _Node("slots", columns[:, 1])
+    nodes = [pool, _Node("x", torch.empty(5, 8, 6)), read, write]
+    with V.set_graph_handler(mock.Mock(sizevars=mock.Mock(optimization_hint=int))):
+        draw = generators(["state", "x", "read_slots", "write_slots"], nodes, sequences=5)
+        state, *slots = (draw[place](nodes[place]) for place in sorted(draw))
+    assert sorted(draw) == [0, 2, 3], "the rest is drawn at random"
+    assert state.shape == (5, 8, 6, 5) and state.stride() == pool.tensor.stride()
+    room = state.untyped_storage().nbytes() // state.element_size() - state.numel()
+    assert room == pool.tensor.storage_offset(), "which the kernel adds itself"
+    for each in slots:
+        whole = each.as_strided((5, 2), (2, 1))  # either may be asked for the other
+        assert whole[:, 0].tolist() == whole[:, 1].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_without_memory_to_tune_on_the_step_is_compiled_untuned(caplog: pytest.LogCaptureFixture) -> None:
+    with _autotuning(mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))):
+        code = _written(_alone(MODEL))
+    assert "triton_tem" in code and "not tuned, no memory" in caplog.text
+
+
+def test_other_backends_are_called_as_ever() -> None:
+    """The operator's lowering is asked about each backend that the compiler does not see into."""
+    step = _alone(MODEL, backend="flashinfer")
+    with _flashinfer(lambda *_, **__: None):
+        code = _written(replace(step, after=lambda y, *_: y * 2))
+    assert "selective_state_update.default(" in code and "backend='flashinfer@1'" in code
+    assert len(_launches(code)) == 1 and "selective_state_update" not in _launches(code)[0][0]
+
+
+# --- that they compute the same, in the interpreter ---
+
+
+def _run_written(folder: str) -> None:
+    """Runs what `test_the_interpreter...` left in a folder, in a process whose Triton interprets."""
+    for path in sorted(Path(folder).glob("*.json")):
+        call = json.loads(path.read_text())
+        kernel = getattr(_imported(call["source"], path.with_suffix(".py")), call["kernel"])
+
+        def run(*inputs: Tensor, call: Any = call, kernel: Any = kernel) -> Tensor:
+            result = torch.full(call["shape"], torch.nan, dtype=getattr(torch, call["dtype"]))
+            kernel[tuple(call["grid"])](*(result if place is None else inputs[place] for place in call["arguments"]))
+            return result
+
+        if path.stem == "seeded":
+            _same_bits(_seeded("cpu"), run, "cpu")
+        else:
+            _right(STEPS[path.stem]("cpu"), run)
+        print(path.stem)
+
+
+def test_the_interpreter_agrees_with_the_equations(tmp_path: Path) -> None:
+    steps = STEPS | {"seeded": _seeded}
+    for name, make in steps.items():
+        step = make("cpu")
+        code = _written(step)
+        ((kernel, given),) = _launches(code)
+        inputs = _inputs(code)
+        x = step.arrange(*step.inputs)["x"]
+        call = {
+            "kernel": kernel,
+            "source": _kernel(code, kernel),
+            "arguments": [inputs.index(each) if each in inputs else None for each in given[:-3]],
+            "grid": [int(count) for count in given[-3:]],
+            "shape": list(x.shape),
+            "dtype": str(x.dtype).removeprefix("torch."),
+        }
+        (tmp_path / f"{name}.json").write_text(json.dumps(call))
+    program = f"import test_inductor; test_inductor._run_written({str(tmp_path)!r})"
+    assert sorted(_process(program, TRITON_INTERPRET="1")) == sorted(steps)
+
+
+# --- on a GPU ---
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    """The code of a graph shows only where it is compiled, and choices only where they are made."""
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = torch._inductor.config.patch(fx_graph_cache=False, autotune_local_cache=False)
+    with torch.no_grad(), graphs, torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
+
+
+def _compiled(step: Step, **options: Any) -> tuple[Callable[..., Tensor], list[str]]:
+    """The step compiled as one graph, and the code of its first call."""
+    codes: list[str] = []
+    function = torch.compile(lambda *inputs: step(*inputs), fullgraph=True, **options)
+
+    def run(*inputs: Tensor) -> Tensor:
+        if codes:
+            return function(*inputs)
+        result, found = run_and_get_code(function, *inputs)
+        codes.extend(found)
+        return result
+
+    return run, codes
+
+
+def _model(state: torch.dtype = torch.float32, **changed: Any) -> Case:
+    shape = replace(SHAPE, state_dtype=state, **changed)
+    slots = torch.randperm(shape.slots, generator=torch.Generator().manual_seed(0))[: shape.batch - 1]
+    return Case("model", replace(shape, read=(*slots.tolist(), -1)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", STEPS)
+def test_a_gpu_agrees_with_the_equations(name: str) -> None:
+    step = STEPS[name]("cuda")
+    run, codes = _compiled(step)
+    _right(step, run)
+    ((kernel, _),) = _launches(codes[0])
+    assert kernel.startswith("triton_tem")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("around", [_alone, _followed, _views], ids=lambda around: around.__name__[1:])
+def test_a_gpu_agrees_with_the_equations_at_a_models_size(state: torch.dtype, around: Callable[..., Step]) -> None:
+    step = around(_model(state), "cuda")
+    _right(step, _compiled(step)[0])
+
+
+@pytest.mark.gpu
+def test_a_gpu_rounds_to_the_same_bits_as_in_eager_mode() -> None:
+    step = _seeded("cuda")
+    _same_bits(step, _compiled(step)[0], "cuda")
+
+
+@pytest.mark.gpu
+def test_a_gpu_runs_one_kernel_on_the_state_itself() -> None:
+    step = _gated(_alone(_model(slots=1000), "cuda"))
+    state = step.inputs[0]
+    run, codes = _compiled(step)
+    address, bytes_of_state = state.data_ptr(), state.numel() * state.element_size()
+    run(*step.inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(*step.inputs)
+    assert torch.cuda.max_memory_allocated() - before < bytes_of_state / 100, "no second state, not even for a moment"
+    assert state.data_ptr() == address
+    code = codes[0].partition("def call(")[2]
+    assert len(_launches(code)) == 1 and _made(code) == ["(5, 8, 64)"]
+    assert "extern_kernels." not in code and "torch.ops." not in code
+
+
+@pytest.mark.gpu
+def test_a_gpu_keeps_the_old_state_for_who_wants_it() -> None:
+    step = _alone(_model(), "cuda")
+
+    def both(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        old = inputs[0].clone()  # pytorch issue 198031: a clone before a mutation must not be optimised away
+        return old, step(*inputs)
+
+    before = step.inputs[0].clone()
+    old, _ = torch.compile(both, fullgraph=True)(*step.inputs)
+    assert torch.equal(old, before) and not torch.equal(step.inputs[0], before)
+
+
+@pytest.mark.gpu
+def test_a_gpu_runs_every_batch_without_recompiling() -> None:
+    counter = CompileCounterWithBackend("inductor")
+    first = _followed(_model(slots=100), "cuda")
+    function = torch.compile(lambda *inputs: first(*inputs), backend=counter, fullgraph=True)
+    for batch in (5, 2, 33, 64):
+
+        def run(*inputs: Tensor, batch: int = batch) -> Tensor:
+            for tensor in inputs:
+                if tensor.shape[0] == batch:
+                    torch._dynamo.mark_dynamic(tensor, 0)
+            return function(*inputs)
+
+        _right(_followed(_model(batch=batch, slots=100), "cuda"), run)
+    assert counter.frame_count == 1
+
+
+class _Layer(torch.nn.Module):
+    """A step whose pool is a buffer."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.step = step
+        self.register_buffer("pool", step.inputs[0].clone())
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.step(self.pool, *inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("owner", ["buffer", "input"])
+def test_a_gpu_replays_cuda_graphs_on_the_state(owner: str) -> None:
+    step = _alone(_model(), "cuda")
+    state, x, *others = step.inputs
+    layer, other = _Layer(step), state.clone()
+    call = layer if owner == "buffer" else lambda *inputs: step(*inputs)
+    function = torch.compile(call, mode="reduce-overhead", fullgraph=True)
+    for number in range(5):
+        inputs = [torch.randn_like(x), *others]
+        torch.compiler.cudagraph_mark_step_begin()
+        result = function(*inputs) if owner == "buffer" else function(layer.pool, *inputs)
+        torch.testing.assert_close(result.clone(), step(other, *inputs))
+        torch.testing.assert_close(layer.pool, other, msg=lambda text, n=number: f"call {n}: {text}")
+    if owner == "buffer":
+        assert not counters["inductor"]["cudagraph_skips"], "a buffer stays where it is"
+
+
+@pytest.mark.gpu
+def test_a_gpu_tunes_on_scratch_states(caplog: pytest.LogCaptureFixture) -> None:
+    from torch_mamba_ops.inductor import lowering
+
+    asked: list[int] = []
+
+    def asking(name: str, choices: list[Any], *more: Any, **options: Any) -> Any:
+        asked.append(len(choices))
+        return choose(name, choices, *more, **options)
+
+    choose = lowering.autotune_select_algorithm
+    step = _followed(_model(torch.bfloat16), "cuda")
+    spied = mock.patch.object(lowering, "autotune_select_algorithm", asking)
+    with spied, caplog.at_level(logging.INFO, LOGGER):
+        _right(step, _compiled(step, options={"max_autotune": True})[0])  # one step, however many were timed
+    (told,) = (record.getMessage() for record in caplog.records if record.name == LOGGER)
+    assert len(asked) == 1 and asked[0] > 4 and f"the fastest of {asked[0]}" in told
+    assert counters["inductor"]["select_algorithm_autotune"] == 1, "they were timed"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("flashinfer") is None, reason="flashinfer is not installed")
+def test_a_gpu_runs_flashinfer_where_it_wins() -> None:
+    from torch_mamba_ops.inductor import lowering
+
+    offered: list[Any] = []
+
+    def two(name: str, choices: list[Any], *more: Any, **options: Any) -> Any:
+        offered.extend(choice for choice in choices if "flashinfer" in choice.name)
+        return choose(name, [choices[0], *offered], *more, **options)
+
+    def timed(self: Any, name: str, *more: Any, **options: Any) -> dict[Any, float]:
+        return {choice: 1.0 if choice in offered else 2.0 for choice in tune(self, name, *more, **options)}
+
+    choose, tune = lowering.autotune_select_algorithm, lowering.AlgorithmSelectorCache.do_autotuning
+    step = _alone(_model(torch.bfloat16, skip="head", bias=False), "cuda")
+    step = replace(step, after=lambda y, *_: y * 2)
+    run, codes = _compiled(step, options={"max_autotune": True})
+    with (
+        mock.patch.object(lowering, "autotune_select_algorithm", two),
+        mock.patch.object(lowering.AlgorithmSelectorCache, "do_autotuning", timed),
+    ):
+        _right(step, run)
+    assert len(offered) == 1 and "backend='flashinfer@" in codes[0]
+
+
+CACHED = """
+import json, torch, test_inductor
+from torch._dynamo.utils import counters
+step = test_inductor._followed(test_inductor._model(), "cuda")
+with torch.no_grad():
+    test_inductor._right(step, torch.compile(lambda *inputs: step(*inputs), fullgraph=True))
+print(json.dumps({**counters["inductor"], **counters["aot_autograd"]}))
+"""
+
+
+@pytest.mark.gpu
+def test_another_process_loads_the_compiled_step(tmp_path: Path) -> None:
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+    told = [json.loads(_process(CACHED, **environment)[-1]) for _ in range(2)]
+    hits = [counted.get("autograd_cache_hit", 0) + counted.get("fxgraph_cache_hit", 0) for counted in told]
+    assert hits[0] == 0 < hits[1] and not told[1].get("fxgraph_cache_miss", 0)

@@ -1,0 +1,71 @@
+"""Which calls stay an operator in the graph, for Inductor to lower to a template.
+
+The rest is traced inline as before: exported programs, other compilers, and what the template does not cover.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from torch_mamba_ops.dispatch import operation
+from torch_mamba_ops.dispatch.op import Lowering
+from torch_mamba_ops.ops.launch import INTERPRET
+
+from .gate import ready
+
+_NAME = "selective_state_update"
+_SEVERAL_TOKENS = ("cu_seqlens", "num_accepted_tokens", "intermediate_states_buffer", "intermediate_state_indices")
+
+
+def install() -> None:
+    """Tells the operation, which knows nothing of compilers, to ask."""
+    op = operation(_NAME)
+    op.lowering = Lowering(_why_not, _tracing)
+    if importlib.util.find_spec("flashinfer") is not None:
+        # A graph that was tuned may call it: no cache may serve such a graph where it is not installed.
+        triton = op.backends["triton"]
+        op.add(replace(triton, key=triton.key.replace("@", "@flashinfer-", 1)))
+
+
+def why_not(backend: str, given: Mapping[str, Any]) -> list[str]:
+    """Every reason why a call is none for the template.
+
+    Args:
+        backend: the name of the backend that the call names.
+        given: the operator's arguments by name; tensors may be fake.
+    """
+    state, x = given["state"], given["x"]
+    reasons = []
+    if backend != "triton":
+        reasons.append(f"it is the triton backend's, and this is {backend}")
+    if state.device.type != "cuda":
+        reasons.append(f"it is for CUDA devices, and the tensors are on {state.device.type}")
+    if INTERPRET:
+        reasons.append("Triton's interpreter (TRITON_INTERPRET=1) cannot be compiled")
+    if x.dim() != state.dim() - 1:
+        reasons.append("it is for one token a sequence, and x has a length")
+    several = [name for name in _SEVERAL_TOKENS if given[name] is not None]
+    reasons += [f"it is for one token a sequence, without {name}" for name in several]
+    for name in ("state_batch_indices", "dst_state_batch_indices"):
+        if given[name] is not None and given[name].dim() != 1:
+            reasons.append(f"it is for one slot a sequence, and {name} has columns")
+    if any(isinstance(size, int) and size == 0 for size in (*state.shape, *x.shape)):
+        reasons.append("there is nothing to do")
+    return reasons
+
+
+def _why_not(backend: str, tensors: Sequence[Any], options: Mapping[str, Any]) -> list[str]:
+    return why_not(backend, {**dict(zip(operation(_NAME).tensors, tensors, strict=True)), **options})
+
+
+def _tracing() -> bool:
+    """Inside ``compile_fx``, and not ahead of time: a package's kernels are those of the exported program."""
+    module = sys.modules.get("torch._inductor.virtualized")
+    compiling = module is not None and isinstance(module.V.fake_mode, FakeTensorMode) and not module.V.aot_compilation
+    return compiling and ready()
