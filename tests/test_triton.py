@@ -165,6 +165,48 @@ def test_every_option_compiles(op: str, case: Any, plans: Plans, tmp_path: Path)
         _compile(made, 90, tmp_path)
 
 
+class Pretended:
+    """What torch asks Triton's driver before it reads a kernel."""
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+
+def _written(made: launching.Launch) -> set[str]:
+    """What torch takes for written by a kernel, of the names of its pointers."""
+    from torch._higher_order_ops import triton_kernel_wrap as wrap
+
+    tensors = launching.filled(made.tensors)
+    options = {name: value for name, value in made.options.items() if name not in ("num_warps", "num_stages")}
+    if hasattr(wrap, "identify_mutated_tensors"):  # torch 2.11
+        return set(wrap.identify_mutated_tensors(made.kernel, tensors | options, {}))
+    table = wrap.kernel_side_table
+    return set(wrap.get_mutated_tensors(table.add_kernel(made.kernel), table.add_constant_args(options), tensors, {}))
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [pytest.param(op, case, id=f"{op}-{case.name}") for op in WITH_KERNELS for case in cases(op, "opcheck")],
+)
+def test_torch_sees_no_input_written_but_what_the_operator_writes(
+    op: str, case: Any, plans: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else graphs copy inputs, and packages return them."""
+    arguments = build(case)
+    inputs = operator_arguments(op, arguments)[0]
+    monkeypatch.setattr(triton.runtime.driver, "_active", Pretended())
+    for made in plans(op, arguments):
+        names = _written(made)
+        assert names, "something is"
+        for name, tensor in launching.filled(made.tensors).items():
+            position = next((i for i, given in enumerate(inputs) if given is tensor), None)
+            if position is not None and name in names:
+                assert position in OPS[op].mutated, f"{made.kernel.__name__}: {name}"
+
+
 def _shipped() -> Iterator[Any]:
     for path in TABLES:
         for op, keys in json.loads(path.read_text()).items():

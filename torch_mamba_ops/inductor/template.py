@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
+from triton import language as tl
 
 from torch_mamba_ops.ops.selective_state_update import kernels
 
@@ -117,15 +118,20 @@ def _grid(batch: Any, heads: Any, head_dim: Any, constants: dict[str, Any], *, c
 
 
 def _sources(*functions: Any) -> Iterator[str]:
-    """The source of Triton functions and of those that they call, each once."""
+    """The source of Triton functions, of those that they call and of the constants that they read, each once."""
     waiting, seen = list(functions), set()
     while waiting:
         function = waiting.pop(0)
         if function.__name__ not in seen:
             seen.add(function.__name__)
             yield inspect.getsource(function.fn)
-            called = (function.fn.__globals__.get(name) for name in function.fn.__code__.co_names)
-            waiting += [value for value in called if isinstance(value, type(function))]
+            for name in function.fn.__code__.co_names:
+                value = function.fn.__globals__.get(name)
+                if isinstance(value, tl.constexpr) and name not in seen:
+                    seen.add(name)
+                    yield f"{name} = tl.constexpr({value.value!r})"
+                elif isinstance(value, type(function)):
+                    waiting.append(value)
 
 
 _TILES = _sources(kernels.read_head, kernels.read_token, kernels.update, kernels.store_state)

@@ -68,10 +68,21 @@ def convolve_channels(
     PACKED: all sequences are in one row of ``length`` tokens and begin at ``bounds``; else each is a row of ``length``
     tokens. READS: there are windows before the sequences. OWNERS: inputs count for tokens of the same owner.
     """
-    sequence, start, end, block, valid, slot, known = _place(
-        bounds_ptr, slots_ptr, known_ptr, length, sequences, pad_slot_id, tl.cdiv(DIM, BLOCK_D), BLOCK_T,
-        PACKED, READS, HAS_SLOTS,
-    )  # fmt: skip
+    program = tl.program_id(0) // tl.cdiv(DIM, BLOCK_D)
+    if PACKED:
+        start, end, block, valid, slot, known = _place(
+            bounds_ptr, slots_ptr, known_ptr, length, sequences, pad_slot_id, program, BLOCK_T, READS, HAS_SLOTS
+        )
+        # Loads of nothing: for torch, all that a function was given is written where its result is an address.
+        start = tl.load(bounds_ptr, False, start).to(tl.int32)
+        block = tl.load(bounds_ptr, False, block).to(tl.int32)
+        slot = tl.load(bounds_ptr, False, slot).to(tl.int64)
+        sequence = slot * 0
+    else:
+        start, end, valid, known = 0, length, True, True
+        sequence = (program // tl.cdiv(length, BLOCK_T)).to(tl.int64)
+        block = program % tl.cdiv(length, BLOCK_T)
+        slot = sequence
     channel = (tl.program_id(0) % tl.cdiv(DIM, BLOCK_D) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     inside = tl.full([BLOCK_D], True, tl.int1)
     if DIM % BLOCK_D != 0:
@@ -192,10 +203,21 @@ def convolve_tokens(
     group before, which it loads as well, from the cache. Groups begin at multiples of GROUP in the row, wherever the
     sequence begins.
     """
-    sequence, start, end, block, valid, slot, known = _place(
-        bounds_ptr, slots_ptr, known_ptr, length, sequences, pad_slot_id, tl.cdiv(DIM, BLOCK_D), BLOCK_T,
-        PACKED, READS, HAS_SLOTS,
-    )  # fmt: skip
+    program = tl.program_id(0) // tl.cdiv(DIM, BLOCK_D)
+    if PACKED:
+        start, end, block, valid, slot, known = _place(
+            bounds_ptr, slots_ptr, known_ptr, length, sequences, pad_slot_id, program, BLOCK_T, READS, HAS_SLOTS
+        )
+        # Loads of nothing: for torch, all that a function was given is written where its result is an address.
+        start = tl.load(bounds_ptr, False, start).to(tl.int32)
+        block = tl.load(bounds_ptr, False, block).to(tl.int32)
+        slot = tl.load(bounds_ptr, False, slot).to(tl.int64)
+        sequence = slot * 0
+    else:
+        start, end, valid, known = 0, length, True, True
+        sequence = (program // tl.cdiv(length, BLOCK_T)).to(tl.int64)
+        block = program % tl.cdiv(length, BLOCK_T)
+        slot = sequence
     first = (start // GROUP + block * (BLOCK_T // GROUP)) * GROUP
     if (first >= end) | (start >= end):
         return
@@ -272,51 +294,38 @@ def _place(
     length,
     sequences,
     pad_slot_id,
-    across,
+    program,
     BLOCK_T: tl.constexpr,
-    PACKED: tl.constexpr,
     READS: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
 ):
-    """What this program is about: the row, the first token and the end of the sequence, its block of tokens, whether it
-    is one and not padding, the slot of its window and whether that counts.
+    """What a program is about in a packed row: the first token and the end of its sequence, its block of tokens,
+    whether it is one and not padding, the slot of its window and whether that counts.
 
     Packed sequences, with what is before the first and after the last of them, part the row. A part that begins at
     token b and has p parts before it gets the programs from b // BLOCK_T + p on: enough of them, whatever its length,
     and no table is needed to find it. Some programs get nothing to do.
     """
-    program = tl.program_id(0) // across
-    valid = program >= 0
+    part = tl.full([], 0, tl.int32)
+    step = tl.full([], 1, tl.int32)
+    while step * 128 <= sequences:
+        step *= 128
+    while step > 0:  # of the 128 stretches of `step` parts from here on, the ones that lie wholly before
+        last = part + tl.arange(0, 128) * step + step - 1
+        bound = tl.load(bounds_ptr + last, last <= sequences, 0).to(tl.int32)
+        part += step * tl.sum(((last <= sequences) & (bound // BLOCK_T + last + 1 <= program)).to(tl.int32))
+        step //= 128
+    start = tl.load(bounds_ptr + part - 1, part > 0, 0).to(tl.int32)
+    end = tl.load(bounds_ptr + part, part <= sequences, length).to(tl.int32)
+    valid = (part > 0) & (part <= sequences)
+    slot = (part - 1).to(tl.int64)
     known = program >= 0
-    if PACKED:
-        part = tl.full([], 0, tl.int32)
-        step = tl.full([], 1, tl.int32)
-        while step * 128 <= sequences:
-            step *= 128
-        while step > 0:  # of the 128 stretches of `step` parts from here on, the ones that lie wholly before
-            last = part + tl.arange(0, 128) * step + step - 1
-            bound = tl.load(bounds_ptr + last, last <= sequences, 0).to(tl.int32)
-            part += step * tl.sum(((last <= sequences) & (bound // BLOCK_T + last + 1 <= program)).to(tl.int32))
-            step //= 128
-        start = tl.load(bounds_ptr + part - 1, part > 0, 0).to(tl.int32)
-        end = tl.load(bounds_ptr + part, part <= sequences, length).to(tl.int32)
-        block = program - start // BLOCK_T - part
-        valid = (part > 0) & (part <= sequences)
-        slot = (part - 1).to(tl.int64)
-        if READS:
-            known = tl.load(known_ptr + slot, valid, 0) != 0
-        if HAS_SLOTS:
-            slot = tl.load(slots_ptr + slot, valid, pad_slot_id).to(tl.int64)
-            valid = valid & (slot != pad_slot_id)
-        sequence = slot * 0
-    else:
-        blocks = tl.cdiv(length, BLOCK_T)
-        sequence = (program // blocks).to(tl.int64)
-        slot = sequence
-        block = program % blocks
-        start = block * 0
-        end = start + length
-    return sequence, start, end, block, valid, slot, known
+    if READS:
+        known = tl.load(known_ptr + slot, valid, 0) != 0
+    if HAS_SLOTS:
+        slot = tl.load(slots_ptr + slot, valid, pad_slot_id).to(tl.int64)
+        valid = valid & (slot != pad_slot_id)
+    return start, end, program - start // BLOCK_T - part, valid, slot, known
 
 
 @triton.jit

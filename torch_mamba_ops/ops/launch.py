@@ -92,10 +92,13 @@ def launch(plan: Callable[..., Launch], *given: Any, result: Tensor | None = Non
 def _trace(made: Launch) -> None:
     if any(isinstance(count, int) and count == 0 for count in made.grid):
         return
-    # Any pointer does for one that is not used; it must not be one that is written.
-    filler = next(reversed([tensor for tensor in made.tensors.values() if tensor is not None]))
-    tensors = {name: filler if tensor is None else tensor for name, tensor in made.tensors.items()}
-    torch.library.wrap_triton(made.kernel)[made.grid](**tensors, **made.options)
+    torch.library.wrap_triton(made.kernel)[made.grid](**filled(made.tensors), **made.options)
+
+
+def filled(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Any pointer does for one that is not used; it must not be one that is written, as the last one never is."""
+    filler = next(reversed([tensor for tensor in tensors.values() if tensor is not None]))
+    return {name: filler if tensor is None else tensor for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
