@@ -58,7 +58,7 @@ def _selective_state_update(given: Tensors, options: Mapping[str, Any]) -> list[
     splits = [Split("heads" if by_head else "channels", pools | per_token | per_head, (channel,), grouped)]
     slots = ("state_batch_indices", "dst_state_batch_indices", "cu_seqlens", "intermediate_state_indices")
     if _absent(given, slots) and (buffer is None or buffer.shape[0] == x.shape[0]):
-        tokens = dict.fromkeys(("state", "x", "dt", "z", "B", "C", "intermediate_states_buffer"), 0)
+        tokens = dict.fromkeys(("state", "x", "dt", "z", "B", "C", "intermediate_states_buffer", "parents"), 0)
         splits.append(Split("sequences", tokens, (0,), even=False))
     return splits
 
@@ -66,7 +66,7 @@ def _selective_state_update(given: Tensors, options: Mapping[str, Any]) -> list[
 def _causal_conv1d_update(given: Tensors, options: Mapping[str, Any]) -> list[Split]:
     splits = [Split("channels", {"x": 1, "conv_state": 1, "weight": 0, "bias": 0}, (1,))]
     if _absent(given, ("conv_state_indices", "query_start_loc")):
-        tokens = dict.fromkeys(("x", "conv_state", "cache_seqlens", "num_accepted_tokens"), 0)
+        tokens = dict.fromkeys(("x", "conv_state", "cache_seqlens", "num_accepted_tokens", "parents"), 0)
         splits.append(Split("sequences", tokens, (0,), even=False))
     return splits
 

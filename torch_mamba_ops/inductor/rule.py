@@ -20,7 +20,9 @@ from torch_mamba_ops.ops.launch import INTERPRET
 from .gate import ready
 
 _NAME = "selective_state_update"
-_SEVERAL_TOKENS = ("cu_seqlens", "num_accepted_tokens", "intermediate_states_buffer", "intermediate_state_indices")
+_SEVERAL_TOKENS = (
+    *("cu_seqlens", "num_accepted_tokens", "intermediate_states_buffer", "intermediate_state_indices", "parents"),
+)
 
 
 def install() -> None:

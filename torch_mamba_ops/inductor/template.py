@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
-from triton import language as tl
 
 from torch_mamba_ops.ops.selective_state_update import kernels
+from torch_mamba_ops.ops.tiles import LOG2_E
 
 # The kernel's arguments by the operator's. A call's tensors are a choice of these, in this order.
 TENSORS = {
@@ -127,7 +127,7 @@ def _sources(*functions: Any) -> Iterator[str]:
             yield inspect.getsource(function.fn)
             for name in function.fn.__code__.co_names:
                 value = function.fn.__globals__.get(name)
-                if isinstance(value, tl.constexpr) and name not in seen:
+                if isinstance(value, type(LOG2_E)) and name not in seen:
                     seen.add(name)
                     yield f"{name} = tl.constexpr({value.value!r})"
                 elif isinstance(value, type(function)):

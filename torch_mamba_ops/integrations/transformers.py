@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -87,6 +87,70 @@ def disable() -> None:
 def enabled() -> bool:
     """Whether the models use these operations."""
     return bool(_originals)
+
+
+def static_cache(model: torch.nn.Module, batch_size: int, max_length: int) -> Any:
+    """An empty ``transformers.StaticCache`` for a model, whose tensors are there and stay where they are.
+
+    A cache usually gets its tensors in the first forward. If that is compiled, they are not marked as staying where
+    they are, and steps that update them run without CUDA graphs. CUDA graphs are recorded anew for each cache: make one
+    of these for a batch size, and ``reset()`` it between prompts.
+
+    Args:
+        model: for causal language modeling, on its device and in its dtype.
+        batch_size: sequences.
+        max_length: tokens that there is room for, with the prompt.
+    """
+    cache = importlib.import_module("transformers").StaticCache(config=model.config, max_cache_len=max_length)
+    parameters = inspect.signature(model.forward).parameters
+    ids = torch.zeros((batch_size, 2), dtype=torch.int64, device=next(model.parameters()).device)
+    with torch.no_grad():
+        model(ids, **{"past_key_values" if "past_key_values" in parameters else "cache_params": cache}, use_cache=True)
+    cache.reset()
+    return cache
+
+
+def states_of(cache: Any) -> dict[str, Tensor]:
+    """The tensors of a static cache, by layer and name: what an exported prefill returns and an exported step takes.
+
+    ``"0.conv"`` and ``"0.recurrent"`` are a Mamba layer's; ``"1.keys"``, ``"1.values"`` and ``"1.length"`` (tokens so
+    far, one number) are an attention layer's; a layer that has both has all. They are the cache's own, not copies.
+    """
+    states = {}
+    for index, layer in enumerate(cache.layers):
+        for name, kept in (("conv", "conv_states"), ("recurrent", "recurrent_states")):
+            if (tensor := getattr(layer, kept, {}).get(0)) is not None:
+                states[f"{index}.{name}"] = tensor
+        if getattr(layer, "keys", None) is not None:
+            states |= {f"{index}.keys": layer.keys, f"{index}.values": layer.values}
+            states[f"{index}.length"] = layer.cumulative_length
+    return states
+
+
+def cache_of(config: Any, max_length: int, states: Mapping[str, Tensor]) -> Any:
+    """The static cache that has these tensors, which steps then update in place: the inverse of `states_of`.
+
+    Args:
+        config: the model's.
+        max_length: that of the cache that the states were made in.
+        states: as from `states_of`.
+    """
+    cache = importlib.import_module("transformers").StaticCache(config=config, max_cache_len=max_length)
+    for name, tensor in states.items():
+        index, kind = name.split(".")
+        layer = cache.layers[int(index)]
+        if kind == "conv":
+            layer.conv_states[0], layer.conv_kernel_size[0] = tensor, tensor.shape[-1]
+            layer.is_conv_states_initialized[0] = layer.has_previous_state[0] = True
+        elif kind == "recurrent":
+            layer.recurrent_states[0], layer.is_recurrent_states_initialized[0] = tensor, True
+        elif kind == "length":
+            layer.cumulative_length = tensor
+        else:
+            setattr(layer, kind, tensor)
+            layer.is_initialized = True
+        layer.dtype, layer.device = states[name].dtype, tensor.device
+    return cache
 
 
 def _check_version() -> None:
@@ -227,4 +291,4 @@ _REPLACEMENTS: dict[str, Callable[..., Any]] = {
     "mamba2_chunk_scan": _mamba2_chunk_scan,
 }
 
-__all__ = ["MODELS", "SUPPORTED", "disable", "enable", "enabled"]
+__all__ = ["MODELS", "SUPPORTED", "cache_of", "disable", "enable", "enabled", "static_cache", "states_of"]

@@ -28,6 +28,7 @@ class _Step:
     slots: tuple[int, ...] | None = (6, 1, 3)
     seen: tuple[int, ...] | None = None
     accepted: tuple[int, ...] | None = None
+    parents: Any = None  # of a packed batch: also of the token that belongs to no sequence
     pool_size: int = 8
 
     def __call__(self, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
@@ -56,6 +57,7 @@ class _Step:
             ("conv_state_indices", self.slots),
             ("cache_seqlens", self.seen),
             ("num_accepted_tokens", self.accepted),
+            ("parents", self.parents),
         ):
             if values is not None:
                 arguments[name] = index(values)
@@ -74,6 +76,13 @@ def _model(name: str, dim: int) -> Case:
 _BASE = _Step()
 _VECTORS = replace(_BASE, dim=528, dtype=torch.bfloat16, state_dtype=torch.bfloat16)
 _PACKED = replace(_BASE, lengths=(2, 0, 3))
+_TREE = replace(
+    _BASE,
+    length=6,
+    columns=10,
+    accepted=(1, 3, 1),
+    parents=((-1, 0, 0, 1, 3, 4), (-1, -1, 0, 2, 1, 3), (-1, 0, 1, 2, 2, 0)),
+)
 
 CASES = (
     _small("dim_innermost", _BASE, "opcheck"),
@@ -98,6 +107,16 @@ CASES = (
     _small("packed_no_slots", replace(_PACKED, slots=None, columns=5)),
     _small("packed_accepted", replace(_PACKED, columns=5, accepted=(2, 1, 3)), "opcheck"),
     _small("packed_ring_padding", replace(_PACKED, columns=5, seen=(2, 1, 6), slots=(6, 1, -1))),
+    _small("tree", replace(_TREE, columns=8), "opcheck"),
+    _small("tree_columns_innermost", replace(_TREE, layout="DS", slots=(6, -1, 3)), "opcheck"),
+    _small("tree_no_slots", replace(_TREE, slots=None)),
+    _small("tree_width_2", replace(_TREE, width=2, bias=False)),
+    _small("tree_width_6_bfloat16", replace(_TREE, width=6, dtype=torch.bfloat16, state_dtype=torch.bfloat16)),
+    _small(
+        "tree_packed",
+        replace(_PACKED, lengths=(5, 0, 3), columns=7, accepted=(2, 1, 1), parents=(-1, 0, 0, 1, 3, -1, -1, 0, 9)),
+        "opcheck",
+    ),
     _small("bfloat16", replace(_BASE, dtype=torch.bfloat16, state_dtype=torch.bfloat16)),
     _small("float32_window", replace(_BASE, dtype=torch.bfloat16)),
     # Sizes that GPU kernels load in whole vectors.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from torch_mamba_ops.ops.tree_kernels import parent_of
+
 
 @triton.jit(do_not_specialize=["batch", "pad_slot_id"], do_not_specialize_on_alignment=["conv_state_indices_ptr"])
 def update_one_token(
@@ -175,12 +177,13 @@ def _tile(lanes, GROUP: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["pad_slot_id"],
+    do_not_specialize=["pad_slot_id", "parents_sequence_stride"],
     do_not_specialize_on_alignment=[
         "conv_state_indices_ptr",
         "cache_seqlens_ptr",
         "num_accepted_tokens_ptr",
         "query_start_loc_ptr",
+        "parents_ptr",
     ],
 )
 def update_tokens(
@@ -193,6 +196,7 @@ def update_tokens(
     cache_seqlens_ptr,
     num_accepted_tokens_ptr,
     query_start_loc_ptr,
+    parents_ptr,
     dim,
     length,
     columns,
@@ -209,12 +213,15 @@ def update_tokens(
     weight_dim_stride,
     weight_tap_stride,
     bias_stride,
+    parents_sequence_stride,
+    parents_token_stride,
     WIDTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_INDICES: tl.constexpr,
     RING: tl.constexpr,
     ACCEPTED: tl.constexpr,
     PACKED: tl.constexpr,
+    HAS_PARENTS: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -230,10 +237,14 @@ def update_tokens(
         count = (tl.load(query_start_loc_ptr + sequence + 1).to(tl.int64) - first).to(tl.int32)
         x_ptr += first * x_token_stride
         out_ptr += first * out_token_stride
+        if HAS_PARENTS:
+            parents_ptr += first * parents_token_stride
     else:
         count = tl.full([], length, tl.int32)
         x_ptr += sequence * x_sequence_stride
         out_ptr += sequence * out_sequence_stride
+        if HAS_PARENTS:
+            parents_ptr += sequence * parents_sequence_stride
     slot = sequence
     touched = count > 0
     if HAS_INDICES:
@@ -270,9 +281,12 @@ def update_tokens(
         tl.debug_barrier()  # a thread may store to the ring what another one loads from it
 
     token_ptrs = x_ptrs
-    for _ in range(count):
+    for number in range(count):
         token = tl.load(token_ptrs, mask=inside, other=0.0)
         inputs = window
+        if HAS_PARENTS:
+            node = sequence * 0 + number
+            inputs = _up(node, parents_ptr, parents_token_stride, x_ptrs, x_token_stride, window, inside, WIDTH)
         inputs += (token.to(tl.float32),)
         y = inputs[0] * taps[0]
         for i in tl.static_range(1, WIDTH):
@@ -286,7 +300,8 @@ def update_tokens(
             value = token.to(conv_state_ptr.dtype.element_ty)
             tl.store(state_ptrs + place.to(tl.int64) * column_stride, value, mask=state_mask)
             place = tl.where(place == columns - 1, 0, place + 1)
-        window = inputs[1:]
+        if not HAS_PARENTS:
+            window = inputs[1:]
         token_ptrs += x_token_stride
         out_ptrs += out_token_stride
 
@@ -310,3 +325,17 @@ def update_tokens(
             moved = tl.where(moves, old, new.to(conv_state_ptr.dtype.element_ty))
             tl.debug_barrier()  # a thread may store to columns that another one loads
             tl.store(state_ptrs[:, None] + target.to(tl.int64)[None, :] * column_stride, moved, mask=mask)
+
+
+@triton.jit
+def _up(node, parents_ptr, parents_token_stride, x_ptrs, x_token_stride, window, inside, WIDTH: tl.constexpr):
+    """The WIDTH - 1 inputs before a token of a tree, oldest first: its path's and, from a root on, the window's."""
+    inputs = ()
+    for _ in tl.static_range(WIDTH - 1):
+        node = parent_of(node, parents_ptr, parents_token_stride)
+        token_ptrs = x_ptrs + tl.maximum(node, 0) * x_token_stride
+        value = tl.load(token_ptrs, mask=inside & (node >= 0), other=0.0).to(tl.float32)
+        for i in tl.static_range(WIDTH - 1):
+            value = tl.where(node == i - (WIDTH - 1), window[i], value)
+        inputs = (value,) + inputs  # noqa: RUF005 - not in Triton
+    return inputs

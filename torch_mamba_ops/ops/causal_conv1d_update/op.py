@@ -11,6 +11,7 @@ from torch_mamba_ops.ops.checks import INTEGER, canonical_activation, check_dtyp
 from torch_mamba_ops.ops.conv import check_filter, check_window
 from torch_mamba_ops.ops.packing import check_longest, check_packing
 from torch_mamba_ops.ops.pool import check_slots
+from torch_mamba_ops.ops.tree import check_parents
 
 
 def _fake(x: Tensor, *tensors: Tensor | None, **options: object) -> Tensor:
@@ -19,8 +20,8 @@ def _fake(x: Tensor, *tensors: Tensor | None, **options: object) -> Tensor:
 
 OP = Op(
     "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, Tensor? cache_seqlens, "
-    "Tensor? conv_state_indices, Tensor? num_accepted_tokens, Tensor? query_start_loc, *, str? activation, "
-    "SymInt? max_query_len, int pad_slot_id, str backend) -> Tensor",
+    "Tensor? conv_state_indices, Tensor? num_accepted_tokens, Tensor? query_start_loc, Tensor? parents, *, "
+    "str? activation, SymInt? max_query_len, int pad_slot_id, str backend) -> Tensor",
     fake=_fake,
     auto=("triton", "reference"),
     hints=("max_query_len",),
@@ -38,6 +39,7 @@ def causal_conv1d_update(
     conv_state_indices: Tensor | None = None,
     *,
     num_accepted_tokens: Tensor | None = None,
+    parents: Tensor | None = None,
     query_start_loc: Tensor | None = None,
     max_query_len: int | None = None,
     pad_slot_id: int = -1,
@@ -62,6 +64,10 @@ def causal_conv1d_update(
         num_accepted_tokens: int ``[batch]``, speculative decoding: how many tokens of the last step were accepted (0
             counts as 1). The window is then columns ``[accepted - 1, accepted + width - 2)``, and afterwards the first
             columns hold its last ``width - 2`` inputs and the new tokens; needs columns >= width - 2 + tokens.
+        parents: int ``[batch, length]`` or, packed, ``[total_tokens]``, drafts that are a tree: the number, in its
+            sequence, of the token that each token follows, which comes before it; -1: the window. As `commit_states`
+            takes them. Needs num_accepted_tokens, with which every token gets a column of its own. None: each token
+            follows the one before.
         query_start_loc: int ``[batch + 1]``, the first token of each sequence in a packed batch. A sequence may have no
             token: its slot is left alone. Tokens of no sequence get zero.
         max_query_len: with query_start_loc, a bound on the tokens of one sequence.
@@ -117,8 +123,14 @@ def causal_conv1d_update(
         if columns < width - 2 + length:
             expected = f"width - 2 + tokens = {width - 2 + length}, with num_accepted_tokens"
             raise ValueError(f"conv_state: got {columns} columns, expected at least {expected}")
+    if parents is not None:
+        if num_accepted_tokens is None:
+            raise ValueError("parents: given without num_accepted_tokens, expected both")
+        if query_start_loc is None and x.dim() == 2:
+            raise ValueError("parents: given with one token a sequence, expected x with a length, or query_start_loc")
+        check_parents(parents, x.shape[:1] if packed else (batch, length), query_start_loc, x.device)
     tensors = (
-        x, conv_state, weight, bias, cache_seqlens, conv_state_indices, num_accepted_tokens, query_start_loc,
+        x, conv_state, weight, bias, cache_seqlens, conv_state_indices, num_accepted_tokens, query_start_loc, parents,
     )  # fmt: skip
     if out is not None:
         check_out(out, x, dict(zip(OP.tensors, tensors, strict=True)))

@@ -9,6 +9,7 @@ from torch_mamba_ops.dispatch import register_backend
 from torch_mamba_ops.ops.conv import convolve
 from torch_mamba_ops.ops.pool import safe_index, write_rows
 from torch_mamba_ops.ops.tokens import RaggedTokens
+from torch_mamba_ops.ops.tree import parents_of, up
 
 
 @register_backend("causal_conv1d_update", "reference", trace="inline")
@@ -21,6 +22,7 @@ def causal_conv1d_update(
     conv_state_indices: Tensor | None,
     num_accepted_tokens: Tensor | None,
     query_start_loc: Tensor | None,
+    parents: Tensor | None,
     *,
     activation: str | None,
     max_query_len: int | None,
@@ -81,7 +83,14 @@ def causal_conv1d_update(
     new = new.transpose(1, 2)
 
     window = torch.cat([before, tokens], 1)
-    y = convolve(lambda i: window.narrow(1, i, length), weight, bias, activation)
+    if parents is None:
+        y = convolve(lambda i: window.narrow(1, i, length), weight, bias, activation)
+    else:
+        tree, path = parents_of(layout, parents), [first(length).expand(batch, -1)]
+        for _ in range(width - 1):
+            path.append(up(tree, path[-1]))
+        sequence = torch.arange(batch, device=x.device)[:, None]
+        y = convolve(lambda i: window[sequence, path[width - 1 - i] + (width - 1)], weight, bias, activation)
     if valid is not None:
         y = torch.where(valid[:, None, None], y, 0.0)
     y = layout.unrows(y)

@@ -28,6 +28,7 @@ def causal_conv1d_update(
     conv_state_indices: Tensor | None,
     num_accepted_tokens: Tensor | None,
     query_start_loc: Tensor | None,
+    parents: Tensor | None,
     *,
     activation: str | None,
     max_query_len: int | None,
@@ -38,7 +39,7 @@ def causal_conv1d_update(
     out = torch.empty_like(x) if query_start_loc is None else torch.zeros_like(x)
     launch(
         _plan, x, conv_state, weight, bias, cache_seqlens, conv_state_indices, num_accepted_tokens, query_start_loc,
-        out, activation, pad_slot_id, result=out if query_start_loc is None else None,
+        parents, out, activation, pad_slot_id, result=out if query_start_loc is None else None,
     )  # fmt: skip
     return out
 
@@ -52,6 +53,7 @@ def _plan(
     conv_state_indices: Tensor | None,
     num_accepted_tokens: Tensor | None,
     query_start_loc: Tensor | None,
+    parents: Tensor | None,
     out: Tensor,
     activation: str | None,
     pad_slot_id: int,
@@ -105,6 +107,7 @@ def _plan(
         "cache_seqlens_ptr": cache_seqlens,
         "num_accepted_tokens_ptr": num_accepted_tokens,
         "query_start_loc_ptr": query_start_loc,
+        "parents_ptr": parents,
     }
     options |= {
         "length": length,
@@ -119,9 +122,12 @@ def _plan(
         "weight_dim_stride": weight.stride(0),
         "weight_tap_stride": weight.stride(1),
         "bias_stride": 0 if bias is None else bias.stride(0),
+        "parents_sequence_stride": 0 if parents is None else parents.stride(0),
+        "parents_token_stride": 0 if parents is None else parents.stride(-1),
         "RING": cache_seqlens is not None,
         "ACCEPTED": num_accepted_tokens is not None,
         "PACKED": query_start_loc is not None,
+        "HAS_PARENTS": parents is not None,
         "BLOCK": 256,
         "CHUNK": 4,
         "num_warps": 2,

@@ -36,6 +36,7 @@ class _Shape:
     write: Any = None  # dst_state_batch_indices
     accepted: tuple[int, ...] | None = None
     buffer_rows: tuple[int, ...] | None = None  # (): a buffer without intermediate_state_indices
+    parents: Any = None  # of a packed batch: also of the token that belongs to no sequence
     disable: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -84,6 +85,7 @@ class _Shape:
             ("dst_state_batch_indices", self.write),
             ("num_accepted_tokens", self.accepted),
             ("intermediate_state_indices", self.buffer_rows or None),
+            ("parents", self.parents),
         ):
             if values is not None:
                 arguments[name] = index(values)
@@ -111,6 +113,7 @@ _BASE = _Shape()
 _MAMBA1 = _Shape(heads=None, head_dim=10)
 _SLOTS = (7, 2, 5)
 _PACKED = replace(_BASE, lengths=(2, 0, 3), read=_SLOTS)
+_TREE = replace(_BASE, length=5, read=_SLOTS, parents=((-1, 0, 0, 1, 1), (-1, -1, 0, 2, 1), (-1, 0, 1, 2, 2)))
 _HEADS_64 = _Shape(batch=64, head_dim=64, state=128, dtype=torch.bfloat16, state_dtype=torch.bfloat16, expanded=True)
 
 CASES = (
@@ -156,6 +159,22 @@ CASES = (
         ),
     ),
     _small("mamba1_packed", replace(_MAMBA1, lengths=(1, 3, 2), read=_SLOTS)),
+    _small("tree", replace(_TREE, buffer_rows=(4, -1, 0), disable=True), "opcheck"),
+    _small(
+        "tree_slots_by_token",
+        replace(_TREE, write=((7, 1, -1, 3), (4, 6, 2, -1), (-1, 0, 8, 5)), state_dtype=torch.bfloat16),
+        "opcheck",
+    ),
+    _small("tree_padding", replace(_TREE, read=(7, -1, 5), buffer_rows=(), disable=True, state_dtype=torch.bfloat16)),
+    _small(
+        "tree_packed",
+        replace(_PACKED, lengths=(4, 0, 3), parents=(-1, 0, 0, 2, -1, -1, 0, 9), buffer_rows=(4, 3, 0), disable=True),
+        "opcheck",
+    ),
+    _small(
+        "mamba1_tree",
+        replace(_MAMBA1, length=3, read=_SLOTS, parents=((-1, 0, 0), (-1, -1, 1), (-1, 0, -1)), disable=True),
+    ),
     Case("nemotron_h_8b", replace(_HEADS_64, heads=128, groups=8), frozenset({"model"})),
     Case("bamba_9b", replace(_HEADS_64, heads=128, groups=1), frozenset({"model"})),
     Case("nemotron_nano_9b_v2", replace(_HEADS_64, heads=128, head_dim=80, groups=8), frozenset({"model"})),

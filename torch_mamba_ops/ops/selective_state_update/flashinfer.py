@@ -62,6 +62,7 @@ def _why_not(
     intermediate_states_buffer: Tensor | None,
     intermediate_state_indices: Tensor | None,
     rand_seed: Tensor | None,
+    parents: Tensor | None,
     *,
     dt_softplus: bool,
     pad_slot_id: int,
@@ -98,6 +99,8 @@ def _why_not(
     reasons += _layout_reasons(state, (("x", x), ("z", z), ("B", B), ("C", C)))
 
     batch = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else x.shape[0]
+    if parents is not None:
+        reasons.append("it has each token follow the one before, and parents make them a tree")
     if state.shape[0] < batch:
         reasons.append(f"it needs a slot for each of the {batch} sequences, and the pool has {state.shape[0]}")
     if not -(2**31) <= pad_slot_id < 2**31:
@@ -237,6 +240,7 @@ def selective_state_update(
     intermediate_states_buffer: Tensor | None,
     intermediate_state_indices: Tensor | None,
     rand_seed: Tensor | None,
+    parents: Tensor | None,
     *,
     dt_softplus: bool,
     pad_slot_id: int,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from torch_mamba_ops.ops.tiles import silu, softplus
+from torch_mamba_ops.ops.tree_kernels import parent_of
 
 
 @triton.jit
@@ -144,6 +145,54 @@ def update(state, x, step, A, B, C, D, z, TIED: tl.constexpr, HAS_D: tl.constexp
 
 
 @triton.jit
+def replay(
+    state,
+    x,
+    dt,
+    B,
+    rate,
+    bias,
+    parents,
+    last,
+    x_token,
+    dt_token,
+    B_token,
+    parents_token,
+    channel,
+    n,
+    in_p,
+    in_n,
+    X_DIM: tl.constexpr,
+    DT_DIM: tl.constexpr,
+    B_N: tl.constexpr,
+    DT_SOFTPLUS: tl.constexpr,
+    TIED: tl.constexpr,
+    HAS_DT_BIAS: tl.constexpr,
+):
+    """The state ``[P, N]`` after token ``last`` of a tree: ``state``, from before the step, updated along its path.
+
+    Its tokens are computed again, where their states, if they were written, could be read again: arithmetic is to spare
+    where memory sets the pace, and a state keeps the digits that its dtype in memory would cost it.
+    """
+    node = last * 0 - 1
+    while node != last:
+        # The next one down the path is found upwards, since a token knows its parent alone.
+        child = last
+        parent = parent_of(child, parents, parents_token)
+        while parent != node:
+            child = parent
+            parent = parent_of(child, parents, parents_token)
+        node = child
+        # Without C, D and z, which make outputs.
+        inputs, step, to_state, _, _ = read_token(
+            x + node * x_token, dt + node * dt_token, B + node * B_token, B, x, bias, channel, n, in_p, in_n, True,
+            X_DIM, DT_DIM, B_N, B_N, X_DIM, DT_SOFTPLUS, TIED, False, HAS_DT_BIAS,
+        )  # fmt: skip
+        state, _ = update(state, inputs, step, rate, to_state, to_state, 0.0, 0.0, TIED, False, False)
+    return state
+
+
+@triton.jit
 def store_state(
     pool,
     values,
@@ -171,8 +220,10 @@ def store_state(
 
 
 @triton.jit(
-    do_not_specialize=["pad_slot_id"],
-    do_not_specialize_on_alignment=["read_slots", "write_slots", "cu_seqlens", "accepted", "buffer_rows", "rand_seed"],
+    do_not_specialize=["pad_slot_id", "parents_row"],
+    do_not_specialize_on_alignment=[
+        *("read_slots", "write_slots", "cu_seqlens", "accepted", "buffer_rows", "rand_seed", "parents"),
+    ],
 )
 def selective_state_update(
     state,
@@ -192,6 +243,7 @@ def selective_state_update(
     buffer,
     buffer_rows,
     rand_seed,
+    parents,
     heads,
     length,
     read_columns,
@@ -214,6 +266,8 @@ def selective_state_update(
     read_column,
     write_row,
     write_column,
+    parents_row,
+    parents_token,
     buffer_row,
     buffer_step,
     STATE_HEAD: tl.constexpr,
@@ -259,6 +313,7 @@ def selective_state_update(
     HAS_BUFFER: tl.constexpr,
     HAS_BUFFER_ROWS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    HAS_PARENTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -336,7 +391,19 @@ def selective_state_update(
         buffer += row * buffer_row + head * BUFFER_HEAD
         buffer_at = channel[:, None] * BUFFER_DIM + n[None, :] * BUFFER_N
 
+    if HAS_PARENTS:
+        parents += batch * parents_row + first * parents_token
+        before, first_x, first_dt, first_B = values, x, dt, B
+
     for token in range(1 if ONE_TOKEN else tokens):
+        if HAS_PARENTS:
+            node = sequence * 0 + token
+            parent = parent_of(node, parents, parents_token)
+            if parent != node - 1:
+                values = replay(
+                    before, first_x, first_dt, first_B, rate, bias, parents, parent, x_token, dt_token, B_token,
+                    parents_token, channel, n, in_p, in_n, X_DIM, DT_DIM, B_N, DT_SOFTPLUS, TIED, HAS_DT_BIAS,
+                )  # fmt: skip
         values, y = update(values, inputs, step, rate, to_state, from_state, skip, gate, TIED, HAS_D, HAS_Z)
         tl.store(out + channel * OUT_DIM, y.to(out.dtype.element_ty), in_p)
         out += out_token

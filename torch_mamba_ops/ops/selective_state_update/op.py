@@ -21,6 +21,7 @@ from torch_mamba_ops.ops.checks import (
 )
 from torch_mamba_ops.ops.packing import check_longest, check_packing
 from torch_mamba_ops.ops.pool import check_slots
+from torch_mamba_ops.ops.tree import check_parents
 
 
 def _fake(state: Tensor, x: Tensor, *tensors: Tensor | None, **options: object) -> Tensor:
@@ -31,8 +32,8 @@ OP = Op(
     "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
     "Tensor? dt_bias, Tensor? state_batch_indices, Tensor? dst_state_batch_indices, Tensor? cu_seqlens, "
     "Tensor? num_accepted_tokens, Tensor(b!)? intermediate_states_buffer, Tensor? intermediate_state_indices, "
-    "Tensor? rand_seed, *, bool dt_softplus, int pad_slot_id, SymInt? max_seqlen, bool disable_state_update, "
-    "int philox_rounds, str backend) -> Tensor",
+    "Tensor? rand_seed, Tensor? parents, *, bool dt_softplus, int pad_slot_id, SymInt? max_seqlen, "
+    "bool disable_state_update, int philox_rounds, str backend) -> Tensor",
     fake=_fake,
     auto=("triton", "reference"),
     hints=("max_seqlen",),
@@ -60,6 +61,7 @@ def selective_state_update(
     num_accepted_tokens: Tensor | None = None,
     intermediate_states_buffer: Tensor | None = None,
     intermediate_state_indices: Tensor | None = None,
+    parents: Tensor | None = None,
     disable_state_update: bool = False,
     rand_seed: Tensor | None = None,
     philox_rounds: int = 10,
@@ -102,6 +104,10 @@ def selective_state_update(
         intermediate_states_buffer: ``[rows, length, heads, head_dim, state]``; receives the state after each token.
             Mutated.
         intermediate_state_indices: int ``[batch]``, the row of each sequence in that buffer; None: row i.
+        parents: int ``[batch, length]`` or, packed, ``[total_tokens]``, drafts that are a tree: the number, in its
+            sequence, of the token that each token follows, which comes before it; -1: the state that is read. As
+            `commit_states` takes them. Needs disable_state_update or a slot for the state after each token, since there
+            is no one state after the step. None: each token follows the one before.
         disable_state_update: leave ``state`` alone (verify drafts, commit later).
         rand_seed: int64, one element; float16 and bfloat16 states are rounded stochastically (Philox, counted by the
             element's place in the pool). Not those in intermediate_states_buffer.
@@ -165,6 +171,9 @@ def selective_state_update(
         disable_state_update,
         device,
     )
+    if parents is not None:
+        write = state_batch_indices if dst_state_batch_indices is None else dst_state_batch_indices
+        _check_tree(parents, tokens, cu_seqlens, device, write, disable_state_update)
     if intermediate_states_buffer is not None:
         length = max_seqlen if max_seqlen is not None else tokens[1] if len(tokens) == 2 else 1
         check_rank(
@@ -201,7 +210,7 @@ def selective_state_update(
             raise ValueError(f"philox_rounds: got {philox_rounds}, expected at least 1")
     tensors = (
         state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices, cu_seqlens,
-        num_accepted_tokens, intermediate_states_buffer, intermediate_state_indices, rand_seed,
+        num_accepted_tokens, intermediate_states_buffer, intermediate_state_indices, rand_seed, parents,
     )  # fmt: skip
     if out is not None:
         check_out(out, x, dict(zip(OP.tensors, tensors, strict=True)))
@@ -244,6 +253,24 @@ def _token_dims(x: Tensor, channel_dims: int, cu_seqlens: Tensor | None, max_seq
         check_longest("max_seqlen", max_seqlen)
         each_time(check_packing, "cu_seqlens", cu_seqlens, x.shape[0], x.device, max_seqlen)
     return tuple(x.shape[: x.dim() - channel_dims])
+
+
+def _check_tree(
+    parents: Any,
+    tokens: tuple[int, ...],
+    cu_seqlens: Tensor | None,
+    device: torch.device,
+    write: Tensor | None,
+    keep: bool,
+) -> None:
+    if not keep and (write is None or write.dim() == 1):
+        raise ValueError(
+            "parents: given with one state to write for each sequence, expected disable_state_update=True, or slots "
+            "[batch, columns], one for the state after each token"
+        )
+    if cu_seqlens is None and len(tokens) == 1:
+        raise ValueError("parents: given with one token a sequence, expected x with a length, or cu_seqlens")
+    check_parents(parents, tokens, cu_seqlens, device)
 
 
 def _check_slots_arguments(

@@ -13,6 +13,7 @@ from torch_mamba_ops.ops.pool import safe_index, write_rows
 from torch_mamba_ops.ops.rounding import stochastic_round
 from torch_mamba_ops.ops.scan import linear_scan
 from torch_mamba_ops.ops.tokens import RaggedTokens
+from torch_mamba_ops.ops.tree import parents_of, tree_scan
 
 Rounding = Callable[[Tensor, Tensor], Tensor]
 
@@ -35,6 +36,7 @@ def selective_state_update(
     intermediate_states_buffer: Tensor | None,
     intermediate_state_indices: Tensor | None,
     rand_seed: Tensor | None,
+    parents: Tensor | None,
     *,
     dt_softplus: bool,
     pad_slot_id: int,
@@ -61,6 +63,7 @@ def selective_state_update(
             None if intermediate_states_buffer is None else intermediate_states_buffer.unsqueeze(2),
             intermediate_state_indices,
             rand_seed,
+            parents,
             dt_softplus=dt_softplus,
             pad_slot_id=pad_slot_id,
             max_seqlen=max_seqlen,
@@ -87,7 +90,8 @@ def selective_state_update(
     initial = state if read is None or valid is None else state[safe_index(read, valid, state.shape[0])]
     log_decay = step[..., None] * A.float()
     update = (step * inputs)[..., None] * to_state
-    states = _states(log_decay, update, initial.float())
+    tree = None if parents is None else parents_of(tokens, parents)
+    states = _states(log_decay, update, initial.float(), tree)
 
     y = (states * from_state).sum(-1)
     if D is not None:
@@ -133,8 +137,12 @@ def _slots_to_read(
     return slots, slots != pad_slot_id
 
 
-def _states(log_decay: Tensor, update: Tensor, initial: Tensor) -> Tensor:
+def _states(log_decay: Tensor, update: Tensor, initial: Tensor, parents: Tensor | None) -> Tensor:
     """The state after each token, [batch, length, heads, head_dim, state]."""
+    if parents is not None:
+        is_root = (parents < 0)[..., None, None, None]
+        update = torch.where(is_root, update + torch.exp(log_decay) * initial.unsqueeze(1), update)
+        return tree_scan(log_decay, update, parents)
     first = update[:, :1] + torch.exp(log_decay[:, :1]) * initial.unsqueeze(1)
     if update.shape[1] == 1:
         return first

@@ -43,6 +43,7 @@ def selective_state_update(
     intermediate_states_buffer: Tensor | None,
     intermediate_state_indices: Tensor | None,
     rand_seed: Tensor | None,
+    parents: Tensor | None,
     *,
     dt_softplus: bool,
     pad_slot_id: int,
@@ -56,8 +57,8 @@ def selective_state_update(
     out = allocate(x, memory_format=torch.contiguous_format)
     launch(
         plan, state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dst_state_batch_indices, cu_seqlens,
-        num_accepted_tokens, intermediate_states_buffer, intermediate_state_indices, rand_seed, out, dt_softplus,
-        pad_slot_id, disable_state_update, philox_rounds,
+        num_accepted_tokens, intermediate_states_buffer, intermediate_state_indices, rand_seed, parents, out,
+        dt_softplus, pad_slot_id, disable_state_update, philox_rounds,
         result=out if cu_seqlens is None else None,
     )  # fmt: skip
     return out
@@ -80,6 +81,7 @@ def plan(
     buffer: Tensor | None,
     intermediate_state_indices: Tensor | None,
     rand_seed: Tensor | None,
+    parents: Tensor | None,
     out: Tensor,
     dt_softplus: bool,
     pad_slot_id: int,
@@ -129,6 +131,7 @@ def plan(
     outer: dict[str, int] = {}
     for name, tensor in (("x", x), ("dt", dt), ("B", B), ("C", C), ("z", z), ("out", out)):
         outer[f"{name}_batch"], outer[f"{name}_token"] = tokens(tensor)
+    outer["parents_row"], outer["parents_token"] = tokens(parents)
     outer["read_row"], outer["read_column"] = slots(read)
     outer["write_row"], outer["write_column"] = slots(write)
     each = write is not None and write.dim() == 2
@@ -154,6 +157,7 @@ def plan(
             "buffer": buffer,
             "buffer_rows": intermediate_state_indices,
             "rand_seed": rand_seed,
+            "parents": parents,
         },
         dict(
             heads=heads,
@@ -184,6 +188,7 @@ def plan(
             HAS_BUFFER=buffer is not None,
             HAS_BUFFER_ROWS=intermediate_state_indices is not None,
             STOCHASTIC=rand_seed is not None,
+            HAS_PARENTS=parents is not None,
             **config,
         ),
     )

@@ -18,6 +18,7 @@ def causal_conv1d_update(
     conv_state_indices: Tensor | None = None,
     *,
     num_accepted_tokens: Tensor | None = None,
+    parents: Tensor | None = None,
     query_start_loc: Tensor | None = None,
     max_query_len: int | None = None,
     pad_slot_id: int = -1,
@@ -31,8 +32,10 @@ def causal_conv1d_update(
         if query_start_loc is not None:
             tokens = x[int(query_start_loc[n]) : int(query_start_loc[n + 1])]
             outputs = out[int(query_start_loc[n]) : int(query_start_loc[n + 1])]
+            tree = None if parents is None else parents[int(query_start_loc[n]) : int(query_start_loc[n + 1])]
         else:
             tokens, outputs = (t[n].t() if x.dim() == 3 else t[n : n + 1] for t in (x, out))
+            tree = None if parents is None else parents[n]
         if (conv_state_indices is not None and slot == pad_slot_id) or not len(tokens):
             continue
         old = conv_state[slot].clone()
@@ -48,7 +51,13 @@ def causal_conv1d_update(
         inputs = window
         for t in range(len(tokens)):
             inputs = torch.cat([inputs, tokens[t][:, None]], 1)
-            outputs[t] = convolved(inputs[:, -width:], weight, bias, activation)
+            path = inputs
+            if tree is not None:
+                nodes = [t]  # upwards
+                while nodes[-1] >= 0:
+                    nodes.append(int(tree[nodes[-1]]))
+                path = torch.cat([window, *(tokens[node][:, None] for node in reversed(nodes[:-1]))], 1)
+            outputs[t] = convolved(path[:, -width:], weight, bias, activation)
             if cache_seqlens is not None:
                 conv_state[slot, :, (int(cache_seqlens[n]) + t) % columns] = tokens[t]
         if num_accepted_tokens is not None:

@@ -27,6 +27,7 @@ def selective_state_update(
     num_accepted_tokens: Tensor | None = None,
     intermediate_states_buffer: Tensor | None = None,
     intermediate_state_indices: Tensor | None = None,
+    parents: Tensor | None = None,
     disable_state_update: bool = False,
 ) -> Tensor:
     """See the public function. Every argument may be tied (``[heads]``) or not."""
@@ -71,8 +72,13 @@ def selective_state_update(
         write = state_batch_indices if dst_state_batch_indices is None else dst_state_batch_indices
         by_token = write is not None and write.dim() == 2
         h = before[read]
+        states: list[Tensor] = []
         for i, index in enumerate(tokens):
+            if parents is not None:
+                parent = int(parents[index])
+                h = before[read] if parent < 0 else states[parent]
             h, out[index] = token(index, h)
+            states.append(h)
             if intermediate_states_buffer is not None and keep_steps:
                 intermediate_states_buffer[row, i] = h
             last_column = write.shape[1] if write is not None and by_token else len(tokens)
