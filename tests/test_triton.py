@@ -385,8 +385,10 @@ def test_a_pool_of_more_than_two_to_the_31_elements(decode: dict[str, Any]) -> N
 @pytest.mark.gpu
 @pytest.mark.parametrize("static", [True, False], ids=["buffer", "input"])
 def test_cuda_graphs_replay_with_the_state_in_place_and_fresh_random_numbers(
-    static: bool, decode: dict[str, Any]
+    static: bool, decode: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A state with a static address is no reason to skip CUDA graphs: whatever is one is raised.
+    monkeypatch.setattr(torch._inductor.config.triton, "cudagraph_or_error", static)
     state = decode.pop("state").half()
     seed = torch.zeros(1, dtype=torch.int64, device="cuda")
     if static:
@@ -396,7 +398,6 @@ def test_cuda_graphs_replay_with_the_state_in_place_and_fresh_random_numbers(
         return tmo.selective_state_update(state, **decode | {"x": x}, rand_seed=seed, backend="triton")
 
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
     other = state.clone()
     with torch.no_grad():
@@ -407,8 +408,6 @@ def test_cuda_graphs_replay_with_the_state_in_place_and_fresh_random_numbers(
             got = compiled(state, seed, x).clone()
             torch.testing.assert_close(got, step(other, seed, x))
             assert torch.equal(state, other), number
-    skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-    assert not skips if static else True, "a state with a static address is no reason to skip CUDA graphs"
 
 
 @pytest.mark.gpu

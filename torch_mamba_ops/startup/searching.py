@@ -62,7 +62,7 @@ def rename_backends(before: str) -> None:
 
 
 def _best(job: Job, op: str, device: torch.device, configs: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The fastest config that is as right as the rule of thumb."""
+    """The fastest config that is as right as the rule of thumb, ten times over: on sm_90 some configs race."""
     given = job.call.arguments(device, job.size)
 
     def results(backend: str) -> list[Tensor]:
@@ -82,7 +82,10 @@ def _best(job: Job, op: str, device: torch.device, configs: Iterable[dict[str, A
     times: list[tuple[float, dict[str, Any]]] = []
     for config in configs:
         with tuning.use_config(op, config):
-            if all(error <= 2 * most for error, most in zip(errors(), allowed, strict=True)):  # NaN is not
+            tries = (errors() for _ in range(10))
+            if all(
+                error <= 2 * most for found in tries for error, most in zip(found, allowed, strict=True)
+            ):  # NaN is not
                 times.append((_time(lambda: OPS[job.call.op].function(**scratch, backend=job.backend)), config))
     return min(times, key=lambda timed: timed[0])[1] if times else None
 
