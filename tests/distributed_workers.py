@@ -13,8 +13,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-import models
 import pytest
+import small_models
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -227,7 +227,7 @@ _SIZES = {
 
 
 def _model(name: str, groups: int, **changes: Any) -> nn.Module:
-    model = models.build(name, **{_SIZES[name][1]: groups}, **changes)
+    model = small_models.build(name, **{_SIZES[name][1]: groups}, **changes)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, mixer in _mixers(model):  # of ones and zeros, a wrong cut would give the same
@@ -266,7 +266,7 @@ def _steps(mixer: Any, config: Any, inputs: list[Tensor], compiled: bool = False
 
 def _inputs(batch: int = 2) -> list[Tensor]:
     generator = torch.Generator().manual_seed(2)
-    return [torch.randn(batch, length, models.HIDDEN, generator=generator).to(DEVICE) for length in (11, 1, 1)]
+    return [torch.randn(batch, length, small_models.HIDDEN, generator=generator).to(DEVICE) for length in (11, 1, 1)]
 
 
 @contextlib.contextmanager
@@ -311,7 +311,7 @@ def model(rank: int, size: int, name: str) -> None:
     """A whole model with its mixers split gives the same logits."""
     whole, split = _model(name, 2), _model(name, 2)
     _split_mixers(split, init_device_mesh(DEVICE, (size,)))
-    ids = torch.randint(3, models.VOCABULARY, (2, 19), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids = torch.randint(3, small_models.VOCABULARY, (2, 19), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     with torch.no_grad():
         torch.testing.assert_close(split(ids).logits, whole(ids).logits, rtol=1e-4, atol=1e-5)
 

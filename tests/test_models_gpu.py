@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 transformers = pytest.importorskip("transformers")
 
-import models  # noqa: E402
+import small_models  # noqa: E402
 
 import torch_mamba_ops as tmo  # noqa: E402
 from torch_mamba_ops import export  # noqa: E402
@@ -51,7 +51,7 @@ def _step(model: Any) -> Callable[[Tensor, Any, Tensor], Tensor]:
 
 
 def _ids(batch: int, length: int, device: str) -> tuple[Tensor, Tensor]:
-    ids = torch.randint(3, models.VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length))
+    ids = torch.randint(3, small_models.VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length))
     return ids.to(device), torch.arange(length, device=device).expand(batch, -1)
 
 
@@ -76,7 +76,7 @@ def _decoded(model: Any, step: Callable[..., Tensor], cache: Any, batch: int, de
 
 @pytest.mark.parametrize("name", DECODED)
 def test_a_static_cache_is_filled_again_after_a_reset(name: str) -> None:
-    model = models.build(name)
+    model = small_models.build(name)
     cache = integration.static_cache(model, 2, LENGTH)
     own = transformers.StaticCache(config=model.config, max_cache_len=LENGTH)
     wanted = _decoded(model, _step(model), own, 2, "cpu")
@@ -88,7 +88,7 @@ def test_a_static_cache_is_filled_again_after_a_reset(name: str) -> None:
 
 @pytest.mark.parametrize("name", DECODED)
 def test_a_cache_made_of_states_goes_on_where_they_are_and_updates_them(name: str) -> None:
-    model = models.build(name)
+    model = small_models.build(name)
     cache = integration.static_cache(model, 2, LENGTH)
     _fill(model, cache, 2, "cpu")
     states = {key: tensor.clone() for key, tensor in integration.states_of(cache).items()}
@@ -102,7 +102,7 @@ def test_a_cache_made_of_states_goes_on_where_they_are_and_updates_them(name: st
 @on_gpu
 @pytest.mark.parametrize("name", DECODED)
 def test_steps_run_as_cuda_graphs_without_a_copy_of_a_state(name: str) -> None:
-    model = models.build(name).cuda()
+    model = small_models.build(name).cuda()
     cache = integration.static_cache(model, 4, LENGTH)
     step = torch.compile(_step(model), mode="reduce-overhead", fullgraph=True, dynamic=False)
     with torch._inductor.config.patch(force_disable_caches=True):  # what comes from a cache is not looked at
@@ -135,7 +135,7 @@ def test_switching_one_operation_changes_that_one_alone_with_one_recompile() -> 
         return OPS["selective_state_update"].backends["triton"].run(**arguments)
 
     ran: list[str] = []
-    model = models.build("bamba").cuda()
+    model = small_models.build("bamba").cuda()
     cache = integration.static_cache(model, 2, LENGTH)
     counter = CompileCounterWithBackend("inductor")
     step = torch.compile(_step(model), backend=counter, fullgraph=True, dynamic=False)
@@ -184,7 +184,7 @@ def test_a_step_packaged_for_the_gpu_updates_its_states_in_a_clean_process(name:
         def forward(self, ids: Tensor, positions: Tensor, states: dict[str, Tensor]) -> Tensor:
             return _step(self.model)(ids, integration.cache_of(self.model.config, LENGTH, states), positions)
 
-    model = models.build(name).cuda()
+    model = small_models.build(name).cuda()
     cache = integration.static_cache(model, 2, LENGTH)
     _fill(model, cache, 2, "cuda")
     given = (*_token(2, PROMPT, "cuda"), {key: t.clone() for key, t in integration.states_of(cache).items()})

@@ -44,8 +44,8 @@ model = transformers.LlamaForCausalLM(config).eval()
 run = lambda: model.generate(torch.arange(3, 9)[None], max_new_tokens=3, do_sample=False)
 """
 LFM2 = """
-import models
-model = models.build("lfm2")
+import small_models
+model = small_models.build("lfm2")
 run = lambda: model.generate(torch.arange(3, 9)[None], max_new_tokens=3, do_sample=False)
 """
 IMPORT = "import torch_mamba_ops"

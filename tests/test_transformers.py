@@ -17,13 +17,13 @@ from torch.export import Dim
 
 transformers = pytest.importorskip("transformers")
 
-import models  # noqa: E402
+import small_models  # noqa: E402
 
 from torch_mamba_ops import export  # noqa: E402
 from torch_mamba_ops.dispatch import OPS  # noqa: E402
 from torch_mamba_ops.integrations import transformers as integration  # noqa: E402
 
-EVERY = tuple(models.CONFIGS)
+EVERY = tuple(small_models.CONFIGS)
 LENGTHS = (2, 3, 5, 9, 17, 33, 40, 64, 77, 96)
 # What the compiler makes of the graph is tested op by op; these models go through Inductor whole.
 THROUGH_INDUCTOR = ("bamba", "falcon_mamba")
@@ -38,7 +38,7 @@ def _integration() -> Iterator[None]:
 
 
 def _prompt(length: int, batch: int = 2) -> Tensor:
-    return torch.randint(3, models.VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length))
+    return torch.randint(3, small_models.VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
 def _cache(model: Any, length: int = 128) -> Any:
@@ -62,7 +62,7 @@ def _close(actual: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_greedy_generation_gives_the_same_tokens(name: str) -> None:
-    model, ids = models.build(name), _prompt(21)
+    model, ids = small_models.build(name), _prompt(21)
     more = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
     ours = model.generate(ids, **more)
     integration.disable()
@@ -71,7 +71,7 @@ def test_greedy_generation_gives_the_same_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_prefill_and_decode_compile_without_a_break_in_few_graphs(name: str) -> None:
-    model = models.build(name)
+    model = small_models.build(name)
     backend = "inductor" if name in THROUGH_INDUCTOR else "aot_eager"
     prefill, decode = (CompileCounterWithBackend(backend) for _ in range(2))
     compiled_prefill = torch.compile(_forward, backend=prefill, fullgraph=True)
@@ -96,7 +96,7 @@ def test_prefill_and_decode_compile_without_a_break_in_few_graphs(name: str) -> 
 def test_prefill_and_decode_compile_on_a_gpu(name: str) -> None:
     """The models' own fallback dies inside Inductor there (a cumsum along an outer dimension, torch 2.11)."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    model = models.build(name).cuda()
+    model = small_models.build(name).cuda()
     compiled = torch.compile(_forward, fullgraph=True)
     with torch.no_grad():
         ids, cache, other = _prompt(200).cuda(), _cache(model, 256), _cache(model, 256)
@@ -118,7 +118,7 @@ class _Logits(torch.nn.Module):
 
 
 def _export(name: str) -> tuple[torch.nn.Module, torch.export.ExportedProgram]:
-    model = _Logits(models.build(name))
+    model = _Logits(small_models.build(name))
     with torch.no_grad():
         length = Dim("length", min=5, max=4096)
         return model, torch.export.export(model, (_prompt(40),), dynamic_shapes=({1: length},), strict=False)
@@ -145,7 +145,7 @@ def test_the_exported_program_makes_a_package_with_the_same_logits(name: str, tm
 
 
 def test_training_goes_through_the_operations() -> None:
-    model = models.build("bamba").train()
+    model = small_models.build("bamba").train()
     ids = _prompt(21)
 
     def gradients() -> dict[str, Tensor]:
@@ -164,7 +164,7 @@ def test_training_goes_through_the_operations() -> None:
 def test_it_is_reversible_idempotent_and_works_on_models_made_before() -> None:
     from transformers.models.bamba import modeling_bamba
 
-    model = models.build("bamba")
+    model = small_models.build("bamba")
     patched = integration.enable()
     assert integration.enabled() and patched == integration.enable()
     assert "bamba.mamba2_chunk_scan" in patched

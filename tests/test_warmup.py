@@ -332,11 +332,11 @@ def test_steps_with_drafts_meet_no_kernel_that_was_not_warmed(launched: set[tupl
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
 @pytest.mark.parametrize("name", ["mamba2", "bamba", "falcon_h1", "nemotron_h_mlp", "mamba", "jamba", "lfm2"])
 def test_hugging_face_models_meet_no_kernel_that_was_not_warmed(name: str, launched: set[tuple[Any, ...]]) -> None:
-    import models
+    import small_models
 
     from torch_mamba_ops.integrations import transformers as integration
 
-    model = models.build(name).to(torch.bfloat16).eval()
+    model = small_models.build(name).to(torch.bfloat16).eval()
     found = layers_of(model)
     assert not found.pooled and found.dtype is torch.bfloat16 and not found.unknown
     warmed: set[tuple[Any, ...]] = set()
