@@ -24,6 +24,7 @@ from decode import BF16, CONV_DIM, F32, WIDTH, Arguments, Run, Shape, Step
 
 from torch_mamba_ops.tuning import key_of, use_config
 from torch_mamba_ops.tuning.ladder import table_name
+from torch_mamba_ops.tuning.spaces import space
 
 # Of the models in ops/selective_state_update/cases.py. What counts is head_dim and state; heads only multiply the work.
 SHAPES = (Shape(128, 8), Shape(128, 8, head_dim=80), Shape(24, 1, head_dim=128, state=256), Shape(112, 2, state=64))
@@ -41,7 +42,6 @@ class Problem:
         touched: bytes of one sequence that a call reads or writes.
         shared: arguments that all calls share.
         ours: our steps by backend.
-        configs: to try.
     """
 
     op: str
@@ -51,13 +51,11 @@ class Problem:
     touched: int
     shared: tuple[str, ...]
     ours: Callable[[str], Callable[[], Step]]
-    configs: tuple[dict[str, Any], ...]
 
 
 def state_updates() -> Iterator[Problem]:
-    """Blocks of channels and warps such that a warp holds a sensible part of a state."""
+    """The state update with states of both dtypes."""
     for shape, dtype in itertools.product(SHAPES, (F32, BF16)):
-        block_n = max(8, 1 << (shape.state - 1).bit_length())
         yield Problem(
             op="selective_state_update",
             key=key_of(dtype, P=shape.head_dim, N=shape.state),
@@ -68,16 +66,11 @@ def state_updates() -> Iterator[Problem]:
             touched=shape.heads * shape.head_dim * shape.state * dtype.itemsize,
             shared=("A", "D", "dt_bias"),
             ours=decode.ssu_ours,
-            configs=tuple(
-                {"BLOCK_P": block_p, "BLOCK_N": block_n, "num_warps": warps}
-                for block_p, warps in itertools.product((4, 8, 16, 32, 64, 128), (1, 2, 4, 8))
-                if block_p <= 1 << (shape.head_dim - 1).bit_length() and 128 <= block_p * block_n // warps <= 4096
-            ),
         )
 
 
 def convolutions() -> Iterator[Problem]:
-    """Sequences and warps of a program, in both layouts of the pool."""
+    """The convolution step in both layouts of the pool."""
     for layout in ("SD", "DS"):
         yield Problem(
             op="causal_conv1d_update",
@@ -87,10 +80,6 @@ def convolutions() -> Iterator[Problem]:
             touched=CONV_DIM * 2 * (WIDTH - 1 + 2),
             shared=("weight", "bias"),
             ours=decode.conv_ours,
-            configs=tuple(
-                {"SEQUENCES": sequences, "num_warps": warps}
-                for sequences, warps in itertools.product((1, 2, 4), (1, 2, 4, 8))
-            ),
         )
 
 
@@ -101,7 +90,7 @@ def tune(run: Run, problem: Problem, batch: int) -> dict[str, float]:
         return problem.make(batch)
 
     ours = problem.ours("triton")()
-    steps = {json.dumps(config): _step_with(problem.op, config, ours) for config in problem.configs}
+    steps = {json.dumps(config): _step_with(problem.op, config, ours) for config in space(problem.op, problem.key)}
     steps = decode.right(steps, make, problem.ours("reference")())
     return decode.device_times(run, steps, decode.pools(make, batch * problem.touched, problem.shared, dry=False))
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from torch_mamba_ops.ops.launch import INTERPRET
-from torch_mamba_ops.ops.tiles import silu
+from torch_mamba_ops.ops.tiles import LOG2_E, from_lanes, silu, to_lanes
 
 _INTERPRETED = tl.constexpr(INTERPRET)
 
@@ -256,15 +256,15 @@ def convolve_tokens(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + channel * BIAS_DIM, channel < DIM, 0.0).to(tl.float32)
 
-    inputs = _lanes(before, GROUP)
-    inputs += _lanes(group, GROUP)
+    inputs = to_lanes(before, GROUP)
+    inputs += to_lanes(group, GROUP)
     if HAS_OWNERS:
         # What is before the sequence is its first token's.
         owner_ptrs = owners_ptr + sequence * owners_sequence
         at = tl.minimum(tl.maximum(token, 0), end - 1).to(tl.int64)
-        after = _lanes(tl.load(owner_ptrs + at * owners_token), GROUP)
+        after = to_lanes(tl.load(owner_ptrs + at * owners_token), GROUP)
         at = tl.minimum(tl.maximum(token - GROUP, 0), end - 1).to(tl.int64)
-        owners = _lanes(tl.load(owner_ptrs + at * owners_token), GROUP)
+        owners = to_lanes(tl.load(owner_ptrs + at * owners_token), GROUP)
         owners += after
     outputs = ()
     for i in tl.static_range(GROUP):
@@ -272,7 +272,7 @@ def convolve_tokens(
         if HAS_OWNERS:
             seen = _of_one_owner(seen, owners[GROUP + i - (WIDTH - 1) : GROUP + i + 1], WIDTH)
         outputs += (_convolve(seen, taps, bias, WIDTH, HAS_BIAS, SILU).to(out_ptr.dtype.element_ty),)
-    y = _tile(outputs, GROUP)
+    y = from_lanes(outputs, GROUP)
     tl.store(out_ptrs, y, here & (not whole))  # as an else the compiler would make one store of both, token by token
     if whole:
         tl.store(out_ptrs, y, inside)
@@ -347,7 +347,7 @@ def _filter(
     weights = tl.load(
         weight_ptr + channel[:, None] * WEIGHT_DIM + i * WEIGHT_TAP, inside[:, None] & (i < WIDTH), 0.0
     ).to(tl.float32)
-    taps = _lanes(weights, 4)
+    taps = to_lanes(weights, 4)
     bias = 0.0
     if HAS_BIAS:
         bias = tl.load(bias_ptr + channel * BIAS_DIM, inside, 0.0).to(tl.float32)
@@ -373,7 +373,7 @@ def _silu(y):
     if _INTERPRETED:
         return silu(y)
     else:
-        return libdevice.fast_dividef(y, 1.0 + libdevice.exp2(y * -1.4426950408889634))
+        return libdevice.fast_dividef(y, 1.0 + libdevice.exp2(y * -LOG2_E))
 
 
 @triton.jit
@@ -422,29 +422,3 @@ def _shift_window(
             new = tl.where(token < 0, tl.load(old, mask & (token < 0) & known, 0.0), new)
         tl.debug_barrier()  # a thread may store to columns that another one loads
         tl.store(state_ptrs[:, None] + column.to(tl.int64)[None, :] * state_column, new, mask)
-
-
-@triton.jit
-def _lanes(tile, GROUP: tl.constexpr):
-    """The columns of a tile [rows, GROUP], GROUP 4 or 8."""
-    even, odd = tl.split(tl.reshape(tile, [tile.shape[0], GROUP // 2, 2]))
-    if GROUP == 4:
-        a, c = tl.split(even)
-        b, d = tl.split(odd)
-        return a, b, c, d
-    else:
-        a, c, e, g = _lanes(even, 4)
-        b, d, f, h = _lanes(odd, 4)
-        return a, b, c, d, e, f, g, h
-
-
-@triton.jit
-def _tile(lanes, GROUP: tl.constexpr):
-    """The inverse of `_lanes`."""
-    if GROUP == 4:
-        even = tl.join(lanes[0], lanes[2])
-        odd = tl.join(lanes[1], lanes[3])
-    else:
-        even = _tile((lanes[0], lanes[2], lanes[4], lanes[6]), 4)
-        odd = _tile((lanes[1], lanes[3], lanes[5], lanes[7]), 4)
-    return tl.reshape(tl.join(even, odd), [even.shape[0], GROUP])

@@ -1,4 +1,4 @@
-"""Formulas that several operations' Triton kernels share."""
+"""Formulas and rearrangements of tiles that several operations' Triton kernels share."""
 
 from __future__ import annotations
 
@@ -29,3 +29,29 @@ def softplus(x):
 def silu(x):
     """x * sigmoid(x)."""
     return x / (1.0 + tl.exp2(x * -LOG2_E))
+
+
+@triton.jit
+def to_lanes(tile, GROUP: tl.constexpr):
+    """The columns of a tile [rows, GROUP], GROUP 4 or 8."""
+    even, odd = tl.split(tl.reshape(tile, [tile.shape[0], GROUP // 2, 2]))
+    if GROUP == 4:
+        a, c = tl.split(even)
+        b, d = tl.split(odd)
+        return a, b, c, d
+    else:
+        a, c, e, g = to_lanes(even, 4)
+        b, d, f, h = to_lanes(odd, 4)
+        return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def from_lanes(lanes, GROUP: tl.constexpr):
+    """The inverse of `to_lanes`."""
+    if GROUP == 4:
+        even = tl.join(lanes[0], lanes[2])
+        odd = tl.join(lanes[1], lanes[3])
+    else:
+        even = from_lanes((lanes[0], lanes[2], lanes[4], lanes[6]), 4)
+        odd = from_lanes((lanes[1], lanes[3], lanes[5], lanes[7]), 4)
+    return tl.reshape(tl.join(even, odd), [even.shape[0], GROUP])

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from itertools import product
-from typing import Any
 
 import torch
 
-Config = dict[str, Any]
+from torch_mamba_ops.tuning.ladder import Config
 
 
 def space(op: str, key: str) -> tuple[Config, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from torch_mamba_ops.ops.tiles import from_lanes, to_lanes
 from torch_mamba_ops.ops.tree_kernels import parent_of
 
 
@@ -123,13 +124,13 @@ def _dealt(parts, COUNT: tl.constexpr, GROUP: tl.constexpr):
         return parts
     flat = ()
     for part in tl.static_range(COUNT):
-        flat += _lanes(parts[part], GROUP)
+        flat += to_lanes(parts[part], GROUP)
     tiles = ()
     for i in tl.static_range(COUNT):
         lanes = ()
         for lane in tl.static_range(GROUP):
             lanes += (flat[lane * COUNT + i],)
-        tiles += (_tile(lanes, GROUP),)
+        tiles += (from_lanes(lanes, GROUP),)
     return tiles
 
 
@@ -140,40 +141,14 @@ def _collected(tiles, COUNT: tl.constexpr, GROUP: tl.constexpr):
         return tiles
     lanes = ()
     for i in tl.static_range(COUNT):
-        lanes += _lanes(tiles[i], GROUP)
+        lanes += to_lanes(tiles[i], GROUP)
     parts = ()
     for part in tl.static_range(COUNT):
         flat = ()
         for lane in tl.static_range(GROUP):
             flat += (lanes[(part * GROUP + lane) % COUNT * GROUP + (part * GROUP + lane) // COUNT],)
-        parts += (_tile(flat, GROUP),)
+        parts += (from_lanes(flat, GROUP),)
     return parts
-
-
-@triton.jit
-def _lanes(tile, GROUP: tl.constexpr):
-    """The columns of a tile [groups, GROUP], GROUP 4 or 8."""
-    even, odd = tl.split(tl.reshape(tile, [tile.shape[0], GROUP // 2, 2]))
-    if GROUP == 4:
-        a, c = tl.split(even)
-        b, d = tl.split(odd)
-        return a, b, c, d
-    else:
-        a, c, e, g = _lanes(even, 4)
-        b, d, f, h = _lanes(odd, 4)
-        return a, b, c, d, e, f, g, h
-
-
-@triton.jit
-def _tile(lanes, GROUP: tl.constexpr):
-    """The inverse of `_lanes`."""
-    if GROUP == 4:
-        even = tl.join(lanes[0], lanes[2])
-        odd = tl.join(lanes[1], lanes[3])
-    else:
-        even = _tile((lanes[0], lanes[2], lanes[4], lanes[6]), 4)
-        odd = _tile((lanes[1], lanes[3], lanes[5], lanes[7]), 4)
-    return tl.reshape(tl.join(even, odd), [even.shape[0], GROUP])
 
 
 @triton.jit(

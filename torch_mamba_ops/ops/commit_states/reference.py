@@ -7,6 +7,7 @@ from torch import Tensor
 
 from torch_mamba_ops.dispatch import register_backend
 from torch_mamba_ops.ops.pool import safe_index, write_rows
+from torch_mamba_ops.ops.tree import up
 
 
 @register_backend("commit_states", "reference", trace="inline")
@@ -70,7 +71,6 @@ def _up(parents: Tensor, token: Tensor, column: Tensor, width: int) -> Tensor:
     from a root on through the inputs before the step, of which -1 is the last."""
     node = token[:, None].expand(-1, column.shape[0])
     for step in range(width - 2):
-        parent = parents.gather(1, node.clamp(min=0, max=parents.shape[1] - 1)).clamp(min=-1)
-        parent = torch.where(node >= 0, parent, node - 1)
+        parent = up(parents.clamp(min=-1), node.clamp(max=parents.shape[1] - 1))
         node = torch.where(column + step < width - 2, parent, node)
     return node + (width - 2)
