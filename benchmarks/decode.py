@@ -5,11 +5,13 @@
 ssu     The selective state update. Time of a call on the device: CUDA graphs of a chain of calls are replayed and timed
         with events; contenders take turns, so that what else the machine does falls on all of them; the median counts.
         A chain goes through as many pools as it takes to touch four times the cache before it comes back to the first.
-conv    The causal convolution's step, likewise, with the channels (SD) or the columns (DS) innermost in the pool.
+conv    The causal convolution's step, likewise, with the channels (SD) or the columns (DS) innermost in the pool, and
+        once more with a single pool ("warm"), which stays in the cache where it fits.
 eager   What a call costs the host, for one sequence: the clock around many calls that do little, without waiting.
-layer   A Mamba2 layer's step after its in-projection (convolution, state update, gated norm): ours compiled with CUDA
-        graphs by torch.compile, and compiled but captured by hand; vLLM's kernels captured by hand. Each step gets
-        other slots; the new indices are copied into the graph's, as CUDA graphs by torch.compile do themselves.
+layer   A Mamba2 layer's step after its in-projection (convolution, state update, gated norm), of 16 layers in one
+        graph, as a model has them: ours compiled with CUDA graphs by torch.compile, and compiled but captured by hand;
+        vLLM's kernels captured by hand. Each step gets other slots; the new indices are copied into the graph's, as
+        CUDA graphs by torch.compile do themselves.
 
 A peer that cannot be imported, fails or is wrong is left out, and the reason printed. What is wrong is measured on
 fresh inputs against our reference, as the norm of the difference over the norm. ``--dry`` needs no GPU: it builds the
@@ -19,7 +21,6 @@ arguments small, runs the reference alone and writes its (meaningless) times.
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import datetime
 import importlib
@@ -33,7 +34,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,6 +69,7 @@ class Shape:
 
 
 SHAPES = (Shape(128, 8), Shape(48, 1))
+LAYERS = 16  # in a graph
 
 
 @dataclass(frozen=True)
@@ -500,8 +502,12 @@ def conv(run: Run) -> None:
 
             steps = right(contenders, make, reference)
             touched = batch * CONV_DIM * 2 * (WIDTH - 1 + 2)  # with x and out: windows are small beside them
-            found = device_times(run, steps, pools(make, touched, ("weight", "bias"), run.dry))
-            run.record("conv", f"{layout} D{CONV_DIM} W{WIDTH}", batch, _name(BF16), found, conv_bytes(batch))
+            cold = pools(make, touched, ("weight", "bias"), run.dry)
+            for case, arguments in (("", cold), (" warm", cold[:1])):
+                found = device_times(run, steps, arguments)
+                name = f"{layout} D{CONV_DIM} W{WIDTH}{case}"
+                run.record("conv", name, batch, _name(BF16), found, None if case else conv_bytes(batch))
+            del cold, arguments
             _release(run)
 
 
@@ -540,9 +546,9 @@ def eager(run: Run) -> None:
 class Layer(torch.nn.Module):
     """What a Mamba2 layer does at each token after its in-projection, by our public functions."""
 
-    def __init__(self, shape: Shape, slots: int, backend: str | None, device: torch.device) -> None:
+    def __init__(self, shape: Shape, slots: int, device: torch.device) -> None:
         super().__init__()
-        self.shape, self.backend = shape, backend
+        self.shape = shape
         self.inner, self.shared = shape.heads * shape.head_dim, shape.groups * shape.state
         dim = self.inner + 2 * self.shared
 
@@ -579,21 +585,39 @@ class Layer(torch.nn.Module):
     def forward(self, projected: Tensor, slots: Tensor) -> Tensor:
         """[batch, inner + mixed + heads] -> [batch, inner]"""
         gate, mixed, dt = self.split(projected)
-        mixed = tmo.causal_conv1d_update(
-            mixed, self.conv_state, self.conv_weight, self.conv_bias, "silu", None, slots, backend=self.backend
-        )
+        mixed = tmo.causal_conv1d_update(mixed, self.conv_state, self.conv_weight, self.conv_bias, "silu", None, slots)
         x, B, C = self.split_mixed(mixed)
-        y = tmo.selective_state_update(
-            self.ssm_state, x, dt, self.A, B, C, self.D, None, self.dt_bias, True, slots, backend=self.backend
-        )
+        y = tmo.selective_state_update(self.ssm_state, x, dt, self.A, B, C, self.D, None, self.dt_bias, True, slots)
         normed: Tensor = tmo.rms_norm_gated(
-            y.flatten(1), self.norm_weight, z=gate, group_size=self.inner // self.shape.groups, norm_before_gate=False,
-            backend="reference" if self.backend == "reference" else None,
-        )  # fmt: skip
+            y.flatten(1), self.norm_weight, z=gate, group_size=self.inner // self.shape.groups, norm_before_gate=False
+        )
         return normed
 
+    @property
+    def width(self) -> int:
+        """Of what the in-projection gives."""
+        return 2 * self.inner + 2 * self.shared + self.shape.heads
 
-def layer_vllm(layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
+
+class Stack(torch.nn.Module):
+    """Layers that all get the same: what stands between them in a model is left out."""
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, projected: Tensor, slots: Tensor) -> list[Tensor]:
+        """The output of each."""
+        return [layer(projected, slots) for layer in self.layers]
+
+
+def layers_vllm(model: Stack) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """The same steps by vLLM's kernels."""
+    steps = [_layer_vllm(layer) for layer in model.layers]
+    return lambda projected, slots: [step(projected, slots) for step in steps]
+
+
+def _layer_vllm(layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
     """The same step by vLLM's kernels, on the same pools and parameters."""
     folder = "vllm.model_executor.layers.mamba.ops"
     update_conv = importlib.import_module(f"{folder}.causal_conv1d").causal_conv1d_update
@@ -631,17 +655,19 @@ def layer_vllm(layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
 def layer(run: Run) -> None:
     """A layer's step. Its time is that of a loop on the host, which may be what limits it."""
     shape = Shape(8, 2) if run.dry else SHAPES[0]
+    layers = 2 if run.dry else LAYERS
     for batch in (2,) if run.dry else (1, 16, 64):
         torch._dynamo.reset()
-        touched = batch * shape.heads * shape.head_dim * shape.state * 2
+        touched = layers * batch * shape.heads * shape.head_dim * shape.state * 2
         turns = 2 if run.dry else max(2, math.ceil(ROTATION / touched))
-        model = Layer(shape, batch * turns, "reference" if run.dry else None, run.device)
+        model = Stack(Layer(shape, batch * turns, run.device) for _ in range(layers))
         order = torch.randperm(batch * turns, device=run.device).to(torch.int32)
         slots = list(order.view(turns, batch))
-        projected = torch.randn(batch, 2 * model.inner + 2 * model.shared + shape.heads, device=run.device, dtype=BF16)
+        width = model.layers[0].width
+        projected = torch.randn(batch, width, device=run.device, dtype=BF16)
         steps = _layer_steps(run, model, projected, slots)
         times: dict[str, list[float]] = {name: [] for name in steps}
-        count = 2 if run.dry else 200
+        count = 2 if run.dry else 30
         for turn in range(run.rounds + 2):
             for name, step in steps.items():
                 _wait(run)
@@ -650,7 +676,7 @@ def layer(run: Run) -> None:
                     step(projected, slots[i % turns])
                 _wait(run)
                 if turn >= 2 or run.dry:
-                    times[name].append((time.perf_counter() - began) / count * 1e6)
+                    times[name].append((time.perf_counter() - began) / count / layers * 1e6)
         found = {name: statistics.median(took) for name, took in times.items()}
         run.record("layer", str(shape), batch, _name(BF16), found)
         del model, steps
@@ -658,23 +684,25 @@ def layer(run: Run) -> None:
 
 
 def _layer_steps(
-    run: Run, model: Layer, projected: Tensor, slots: list[Tensor]
-) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    run: Run, model: Stack, projected: Tensor, slots: list[Tensor]
+) -> dict[str, Callable[[Tensor, Tensor], list[Tensor]]]:
     """What is right of: compiled with CUDA graphs, compiled and captured by hand, vLLM's captured by hand."""
-    pools_before = {name: getattr(model, name).clone() for name in ("conv_state", "ssm_state")}
+    pools_before = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("state")}
 
     def restore() -> None:
         for name, tensor in pools_before.items():
-            getattr(model, name).copy_(tensor)
+            model.get_buffer(name).copy_(tensor)
 
-    reference = copy.copy(model)  # with the same pools and parameters
-    reference.backend = "reference"
+    def reference(projected: Tensor, slots: Tensor) -> list[Tensor]:
+        with tmo.use_backend("reference"):
+            return cast(list[Tensor], model(projected, slots))
+
     if run.dry:
         return {"reference": reference}
-    candidates: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
+    candidates: dict[str, Callable[[], Callable[[Tensor, Tensor], list[Tensor]]]] = {
         "ours": lambda: torch.compile(model, mode="reduce-overhead", fullgraph=True),
         "ours-captured": lambda: _captured(torch.compile(model, fullgraph=True), projected, slots[0]),
-        "vllm": lambda: _captured(layer_vllm(model), projected, slots[0]),
+        "vllm": lambda: _captured(layers_vllm(model), projected, slots[0]),
     }
     found = {}
     for name, prepare in candidates.items():
@@ -685,26 +713,28 @@ def _layer_steps(
                 step(projected, slots[0])
             for turn in (slots[0], slots[1]):  # the second: other slots must be taken
                 restore()
-                given = step(projected, turn)
+                given = torch.stack(step(projected, turn))
                 restore()
-                wanted = reference(projected, turn)
+                wanted = torch.stack(reference(projected, turn))
                 if not (error := _error(given, wanted)) <= 2 * WORST[BF16]:
                     raise AssertionError(f"wrong: output off by {error:.1e}")
             found[name] = step
     return found
 
 
-def _captured(call: Callable[[Tensor, Tensor], Tensor], projected: Tensor, slots: Tensor) -> Callable[..., Tensor]:
+def _captured(
+    call: Callable[[Tensor, Tensor], list[Tensor]], projected: Tensor, slots: Tensor
+) -> Callable[..., list[Tensor]]:
     """Replays a CUDA graph of the call. Like torch.compile's it has its own indices, and takes the rest where it is."""
     kept = slots.clone()
-    results: list[Tensor] = []
+    results: list[list[Tensor]] = []
 
     def once() -> None:
         results[:] = [call(projected, kept)]
 
     graph = capture(once)
 
-    def step(_: Tensor, slots: Tensor) -> Tensor:
+    def step(_: Tensor, slots: Tensor) -> list[Tensor]:
         kept.copy_(slots)
         graph.replay()
         return results[0]
