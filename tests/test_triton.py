@@ -385,10 +385,8 @@ def test_a_pool_of_more_than_two_to_the_31_elements(decode: dict[str, Any]) -> N
 @pytest.mark.gpu
 @pytest.mark.parametrize("static", [True, False], ids=["buffer", "input"])
 def test_cuda_graphs_replay_with_the_state_in_place_and_fresh_random_numbers(
-    static: bool, decode: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    static: bool, decode: dict[str, Any]
 ) -> None:
-    # A state with a static address is no reason to skip CUDA graphs: whatever is one is raised.
-    monkeypatch.setattr(torch._inductor.config.triton, "cudagraph_or_error", static)
     state = decode.pop("state").half()
     seed = torch.zeros(1, dtype=torch.int64, device="cuda")
     if static:
@@ -400,7 +398,9 @@ def test_cuda_graphs_replay_with_the_state_in_place_and_fresh_random_numbers(
     torch._dynamo.reset()
     compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
     other = state.clone()
-    with torch.no_grad():
+    # A state with a static address is no reason to skip CUDA graphs: whatever is one is raised.
+    strict = torch._inductor.config.patch({"triton.cudagraph_or_error": static})
+    with strict, torch.no_grad():
         for number in range(6):
             seed.fill_(number)
             x = torch.randn_like(decode["x"])
