@@ -9,12 +9,13 @@ decode   Batches 1, 16, 64 and 256 with CUDA graphs: graphs, graphs skipped, sta
          states (keys and values too) over the time of a step, against what a copy on the device moves.
 check    The same greedy tokens as the untouched model in float32; logits in bfloat16 inside a budget: twice the error
          that the untouched model makes in bfloat16.
-peers    The same prefill and decode steps by the untouched model, eager and compiled, and with mamba_ssm's kernels for
-         the scan and the state update as backends of our operations.
+peers    The same prefill and decode steps by the untouched model, eager and compiled (transformers takes what it finds
+         of mamba_ssm: told in the notes), and compiled with mamba_ssm's kernels for the scan and the state update as
+         backends of our operations.
 first    In a process of its own: the first token after `warmup`, against a later one. Matrix products are run
          before by the untouched model, so that cuBLAS's own start is not counted.
 export   Two or three layers, small vocabulary and MLP, as CUDA packages: prefill of any length, and decode. A process
-         without this package runs them.
+         without this package runs them, and so does the C++ program of examples/aoti_cpp.
 train    A compiled training step of a small model: loss and gradients against the untouched one.
 
 Random weights; layers are cut to ``--layers`` with their pattern kept (0: all). Each model runs in a process of its
@@ -34,6 +35,8 @@ import inspect
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -296,6 +299,15 @@ def _ssm_update(
         D = None if D is None else D[:, None].expand(heads, head_dim) if D.dim() == 1 else D
     out: Tensor = update(state, x, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus)
     return out
+
+
+def packaged(model: torch.nn.Module) -> list[str]:
+    """The functions of the untouched model that transformers has replaced by a package's."""
+    found = []
+    for name, function in vars(sys.modules[type(model).__module__]).items():
+        if inspect.isfunction(function) and inspect.getclosurevars(function).nonlocals.get("is_new_implementation"):
+            found.append(f"{inspect.getclosurevars(function).nonlocals['implementation'].__module__}.{name}")
+    return sorted(found)
 
 
 MAMBA_SSM = {"mamba_chunk_scan_combined": _ssm_scan, "selective_state_update": _ssm_update}
@@ -721,6 +733,9 @@ def peers(session: Session) -> list[Measure]:
     """The untouched model and mamba_ssm's kernels; who cannot run is told."""
     measures: list[Measure] = []
     timed = session.options.timed
+    found = packaged(session.model)
+    session.record("peers", "functions that are a package's", len(found), "functions", contender="untouched",
+                   note=", ".join(found) or "all is transformers' reference")  # fmt: skip
     for name in ("untouched", "mamba_ssm"):
         if name == "mamba_ssm":
             with _left_out(session, "mamba_ssm"):
@@ -865,6 +880,7 @@ class Decode(torch.nn.Module):
         return step_of(self.model)(ids, integration.cache_of(self.config, ROOM, states), positions)
 
 
+PACKAGES = ("prefill.pt2", "decode.pt2")
 _ALONE = """
 import json, sys, time, torch
 prefill, decode, prompts, told = sys.argv[1:]
@@ -884,21 +900,54 @@ torch.save((took, tokens), told)
 """
 
 
+def _by_python(folder: Path, prompts: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+    """Seconds of loading both packages, and tokens [1, 8] after each prompt."""
+    torch.save(prompts, folder / "prompts.pt")
+    _run([sys.executable, "-c", _ALONE, *PACKAGES, "prompts.pt", "told.pt"], folder, PYTHONPATH="")
+    load, tokens = torch.load(folder / "told.pt")
+    return load, tokens
+
+
+def _by_cpp(folder: Path, prompts: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+    """The same. Builds the example as its CMakeLists.txt does, with the compiler alone."""
+    home, source = Path(torch.__path__[0]), HERE.parent / "examples" / "aoti_cpp" / "main.cpp"
+    compiler = [*shlex.split(os.environ.get("CXX", "g++")), "-std=c++20", "-O1", "-isystem", f"{home}/include"]
+    libraries = [f"-L{home}/lib", f"-Wl,-rpath,{home}/lib", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+    _run([*compiler, str(source), "-o", "generate", *libraries, "-ltorch_cpu", "-lc10", "-l:libstdc++.so.6"], folder)
+    lines = "".join(" ".join(map(str, ids[0].tolist())) + "\n" for ids in prompts)
+    done = _run(["./generate", *PACKAGES, "8"], folder, lines)
+    tokens = [torch.tensor([[int(word) for word in line.split()]]) for line in done.stdout.splitlines()]
+    return float(done.stderr.split("loaded in ")[1].split()[0]), tokens
+
+
+def _run(command: list[str], folder: Path, given: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command, input=given, cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False,
+        timeout=120,
+    )  # fmt: skip
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        why = [line.strip() for line in lines if re.search(r"rror: |what\(\): |/ld: ", line)] or lines[-1:]
+        raise RuntimeError(why[0] if why else f"{command[0]}: exit status {done.returncode}")
+    return done
+
+
 def packages(session: Session) -> list[Measure]:
-    """Prefill of any length and decode, each a package, run by a process without this package and transformers."""
+    """Prefill of any length and decode, each a package, run by processes without this package and transformers."""
     description, options = session.description, session.options
     kinds = 3 if description.pattern(3).keys() - {"num_hidden_layers"} else 2
     small = {} if options.tiny else {"vocab_size": 2048, **description.small_mlp}
     config = description.make(kinds, options.tiny, **small)
     # On a GPU, exporting scaled_dot_product_attention ties the length to a multiple of 8 (torch 2.11).
-    model = build(config, BF16, session.device, attn_implementation="eager")
+    # In float32, as two tokens of random weights are often too close to call in bfloat16.
+    model = build(config, F32, session.device, attn_implementation="eager")
     prompts = [torch.randint(3, config.vocab_size, (1, length), device=session.device) for length in (40, 77)]
     step = step_of(model)
-    with tempfile.TemporaryDirectory(prefix="torch_mamba_ops_models_") as folder:
-        paths = [Path(folder) / name for name in ("prefill.pt2", "decode.pt2", "prompts.pt", "told.pt")]
-        torch.save(prompts, paths[2])
+    with tempfile.TemporaryDirectory(prefix="torch_mamba_ops_models_") as temporary:
+        folder = Path(temporary)
+        paths = [folder / package for package in PACKAGES]
         with contender("ours"):
-            wanted = [_greedy(step, ids, fresh(config, ROOM)) for ids in prompts]
+            wanted = torch.cat([_greedy(step, ids, fresh(config, ROOM)) for ids in prompts]).cpu()
             length = torch.export.Dim("length", min=5, max=ROOM)
             began = time.perf_counter()
             portable = session.device.type == "cuda"
@@ -908,22 +957,20 @@ def packages(session: Session) -> list[Measure]:
             token = (prompts[0][:, :1].contiguous(), torch.full((1, 1), 40, device=session.device))
             export.package(Decode(model, config), paths[1], (*token, states), portable_compiler=portable)
             took = time.perf_counter() - began
-        environment = {**os.environ, "PYTHONPATH": ""}
-        command = [sys.executable, "-c", _ALONE, *map(str, paths)]
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=120
-        )
-        if done.returncode:
-            raise RuntimeError((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
-        load, tokens = torch.load(paths[3])
-        same = sum(int((a.cpu() == b).sum()) for a, b in zip(wanted, tokens, strict=True))
         weights = sum(p.nbytes for p in model.parameters()) / 1e6
-        size = sum(path.stat().st_size for path in paths[:2]) / 1e6
-    note = f"{kinds} layers, vocabulary {config.vocab_size}, weights {weights:.0f} MB in each"
-    session.record("export", "tokens of the packages like eager's", same, "tokens", tokens=16, bar=">=16", note=note)
-    session.record("export", "size of both", size, "MB", note=note)
-    session.record("export", "loading both", load, "s", note=note)
-    session.record("export", "exporting and compiling both", took, "s", note=note)
+        note = f"{kinds} layers, vocabulary {config.vocab_size}, weights {weights:.0f} MB in each"
+        session.record("export", "size of both", sum(path.stat().st_size for path in paths) / 1e6, "MB", note=note)
+        session.record("export", "exporting and compiling both", took, "s", note=note)
+        for name, generate, loading in (
+            ("packages", _by_python, "loading both"),
+            ("C++ program", _by_cpp, "loading both in the C++ program"),
+        ):
+            with _left_out(session, f"export: {name}"):
+                load, tokens = generate(folder, prompts)
+                same = int((torch.cat(tokens) == wanted).sum())
+                what = f"tokens of the {name} like eager's"
+                session.record("export", what, same, "tokens", tokens=16, bar=">=16", note=note)
+                session.record("export", loading, load, "s", note=note)
     return []
 
 

@@ -140,6 +140,17 @@ def test_registering_again_takes_effect_in_compiled_code() -> None:
     assert compiled(x, w).eq(3).all()
 
 
+def test_a_backend_may_use_a_name_that_gets_its_value_later() -> None:
+    @tmo.register_backend("rms_norm_gated", "counted")
+    def counted(x: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        calls.append(len(calls))
+        return torch.zeros_like(x)
+
+    calls: list[int] = []
+    assert not tmo.rms_norm_gated(torch.ones(2, 8), torch.ones(8), backend="counted").any()
+    assert calls == [0]
+
+
 def test_a_choice_inside_the_compiled_region() -> None:
     _register("mine", 2.0)
 

@@ -103,6 +103,8 @@ def test_a_cache_made_of_states_goes_on_where_they_are_and_updates_them(name: st
 @pytest.mark.parametrize("name", DECODED)
 def test_steps_run_as_cuda_graphs_without_a_copy_of_a_state(name: str) -> None:
     model = small_models.build(name).cuda()
+    if name == "granitemoehybrid":  # transformers' default asks the host how many tokens each float32 expert has
+        model.set_experts_implementation("batched_mm")
     cache = integration.static_cache(model, 4, LENGTH)
     step = torch.compile(_step(model), mode="reduce-overhead", fullgraph=True, dynamic=False)
     with torch._inductor.config.patch(force_disable_caches=True):  # what comes from a cache is not looked at

@@ -85,7 +85,12 @@ def _function(function: types.FunctionType, seen: set[int]) -> Iterator[str]:
     yield from _parts(function.__defaults__, seen)
     yield from _parts(function.__kwdefaults__, seen)
     for cell in function.__closure__ or ():
-        yield from _parts(cell.cell_contents, seen)
+        try:
+            held = cell.cell_contents
+        except ValueError:  # empty: a name of the enclosing function that gets its value later
+            yield _PROCESS_NONCE
+        else:
+            yield from _parts(held, seen)
     for name in sorted(_names(function.__code__)):
         if name in function.__globals__:
             yield name
