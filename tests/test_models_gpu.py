@@ -167,8 +167,8 @@ def test_switching_one_operation_changes_that_one_alone_with_one_recompile() -> 
             ran.clear()
             other = _kernels(once)
         assert bool(ran) == (name == "theirs")
-        convolution = {kernel for kernel in ours if "update_one_token" in kernel}
-        assert convolution == {kernel for kernel in other if "update_one_token" in kernel} != set()
+        convolution = {"update_one_token", "update_tokens"}  # which of them depends on the strides
+        assert convolution & ours == convolution & other != set()
         assert ("selective_state_update" in other) == (name == "theirs"), "the eager kernel's own name"
         once()
         assert counter.frame_count == compiled + 1, "back without compiling"
