@@ -7,19 +7,20 @@ The inputs of one call are larger than the cache. What a contender gets wrong is
 as the norm of the difference over the norm; one that is wrong or fails is left out, and the reason printed. vLLM's
 metadata of a packed batch is made beforehand and not timed; ours is made in the kernel.
 
-``--sweep`` times our kernel with each of many configs instead, and prints them from the fastest on.
+``--sweep`` times our kernel with each of many configs instead, prints them from the fastest on, and writes a table that
+``TORCH_MAMBA_OPS_CONFIGS`` takes and the shipped one is made of.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import itertools
+import json
 import math
 import multiprocessing
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,8 +36,10 @@ import decode  # noqa: E402 - its clock, its table, its CSV
 
 import torch_mamba_ops as tmo  # noqa: E402 - of this checkout
 from torch_mamba_ops import tuning  # noqa: E402
+from torch_mamba_ops.tuning.spaces import space  # noqa: E402
 
 BF16, F32 = torch.bfloat16, torch.float32
+OP = "mamba_chunk_scan_combined"
 Arguments = dict[str, Any]
 Step = Callable[[Arguments], Tensor]
 
@@ -54,6 +57,11 @@ class Problem:
     head_dim: int = 64
     state: int = 128
     chunk: int = 256
+
+    @property
+    def key(self) -> str:
+        """In the tables of configs."""
+        return tuning.key_of(BF16, P=self.head_dim, N=self.state)
 
     @property
     def tokens(self) -> int:
@@ -201,12 +209,8 @@ def right(problem: Problem, steps: dict[str, Step]) -> dict[str, Step]:
 
 
 def configs(problem: Problem) -> list[dict[str, Any]]:
-    """Those that may be fast: eight warps where there are 128 rows for them."""
-    return [
-        {"BLOCK_Q": q, "BLOCK_P": p, "num_warps": warps, "num_stages": stages}
-        for q, p, warps, stages in itertools.product((32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3))
-        if p <= max(16, problem.head_dim) and (warps == 4 or q == 128)
-    ]
+    """Those to try; blocks of 16 channels have never won."""
+    return [config for config in space(OP, problem.key) if config["BLOCK_P"] > 16]
 
 
 def _tried(problem: Problem, config: dict[str, Any]) -> str:
@@ -214,40 +218,63 @@ def _tried(problem: Problem, config: dict[str, Any]) -> str:
     try:
         a = problem.shortened().arguments()
         wanted = ours("reference")(a | {"states": a["states"].clone()})
-        with tuning.use_config("mamba_chunk_scan_combined", config):
+        with tuning.use_config(OP, config):
             errors = [_error(ours("triton")(a | {"states": a["states"].clone()}), wanted) for _ in range(10)]
     except Exception as reason:  # shared memory, registers: not a config for this card
         return f"{type(reason).__name__}: {str(reason)[:90]}"
     return "" if max(errors) < 1e-2 else f"off by {max(errors):.1e} (at best {min(errors):.1e})"
 
 
-def sweep(problem: Problem, workers: int = 12) -> None:
-    """Our kernel with every config that fits: compiled and checked by several processes, timed by this one."""
-    tried = configs(problem)
+def sweep(problems: Sequence[Problem], out: Path, workers: int = 12) -> None:
+    """Our kernel with every config that fits: compiled and checked by several processes, timed by this one. Writes a
+    table (see ``tuning.ladder``) with the fastest for each amount of work."""
+    pairs = [(problem, config) for problem in problems for config in configs(problem)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        wrong = list(pool.map(_tried, itertools.repeat(problem), tried))
-    a = problem.arguments()
-    before = a["states"].clone()
-    step = ours("triton")
-    found: list[tuple[float, dict[str, Any]]] = []
-    for config, reason in zip(tried, wrong, strict=True):
-        if reason:
-            print(f"  {config}: {reason}")
-            continue
-        with tuning.use_config("mamba_chunk_scan_combined", config):
-            graph = decode.capture(lambda: step(a), 3)
-        times = []
-        for _ in range(7):
-            a["states"].copy_(before)
-            began, ended = decode._event(), decode._event()
-            began.record()
-            graph.replay()
-            ended.record()
-            ended.synchronize()
-            times.append(began.elapsed_time(ended) * 1e3 / 3)
-        found.append((statistics.median(times), config))
-    for took, config in sorted(found, key=lambda pair: pair[0])[:12]:
-        print(f"{problem.name:<18}{took:>9.1f} us {config}", flush=True)
+        wrong = list(pool.map(_tried, *zip(*pairs, strict=True)))
+    works: dict[str, dict[int, list[dict[str, float]]]] = {}
+    for problem in problems:
+        found: dict[str, float] = {}
+        a = problem.arguments()
+        for (of, config), reason in zip(pairs, wrong, strict=True):
+            if of == problem and reason:
+                print(f"  {problem.name} {config}: {reason}")
+            elif of == problem:
+                found[json.dumps(config)] = _seconds(config, a) * 1e6
+        for config, took in sorted(found.items(), key=lambda pair: pair[1]):
+            print(f"{problem.name:<18}{took:>9.1f} us {config}", flush=True)
+        works.setdefault(problem.key, {}).setdefault(problem.sequences * problem.heads, []).append(found)
+        del a
+        torch.cuda.empty_cache()
+    entries = {key: _ladder(by_work) for key, by_work in works.items()}
+    out.write_text(json.dumps({OP: entries}, indent=1))
+    print(f"written to {out}")
+
+
+def _seconds(config: dict[str, Any], a: Arguments) -> float:
+    step, before = ours("triton"), a["states"].clone()
+    with tuning.use_config(OP, config):
+        graph = decode.capture(lambda: step(a), 3)
+    times = []
+    for _ in range(7):
+        a["states"].copy_(before)
+        began, ended = decode._event(), decode._event()
+        began.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended) * 1e-3 / 3)
+    return statistics.median(times)
+
+
+def _ladder(by_work: dict[int, list[dict[str, float]]]) -> list[tuple[int, dict[str, Any]]]:
+    """The config for each amount of work that is nearest to the fastest of its problems, where it is another one."""
+    entries: list[tuple[int, dict[str, Any]]] = []
+    for work, problems in sorted(by_work.items()):
+        shared = set.intersection(*map(set, problems))
+        best = min(shared, key=lambda config: math.prod(found[config] / min(found.values()) for found in problems))
+        if not entries or entries[-1][1] != json.loads(best):
+            entries.append((work, json.loads(best)))
+    return entries
 
 
 def main() -> None:
@@ -255,18 +282,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "prefill_ssd.csv")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--cases", nargs="*", default=[p.name for p in PROBLEMS])
-    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--cases", nargs="*", default=[problem.name for problem in PROBLEMS])
+    parser.add_argument("--sweep", type=Path, metavar="TABLE", help="write a table of configs, <card>.json")
     options = parser.parse_args()
     run = decode.Run(options.quick, False, False)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     run.copy_rate = decode.copy_rate(run)
-    for problem in (p for p in (*PROBLEMS, *WIDER) if p.name in options.cases):
+    problems = [problem for problem in (*PROBLEMS, *WIDER) if problem.name in options.cases]
+    if options.sweep:
+        sweep(problems, options.sweep)
+        return
+    for problem in problems:
         torch.cuda.empty_cache()
-        if options.sweep:
-            sweep(problem)
-            continue
         steps = right(problem, contenders(problem))
         a = problem.arguments()
         found = decode.device_times(run, steps, [a])

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import torch_mamba_ops as tmo
+from torch_mamba_ops.ops import ssd_launch
 from torch_mamba_ops.testing import check
 from torch_mamba_ops.tuning import use_config
 
@@ -22,24 +24,31 @@ Q = 16  # tokens of a chunk
 TINY = {"BLOCK_Q": Q, "BLOCK_P": 16, "num_warps": 4, "num_stages": 2}
 
 
-def drawn(lengths: Sequence[int], device: str, dtype: torch.dtype = torch.float32, steep: bool = False) -> Arguments:
+def drawn(
+    lengths: Sequence[int],
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    steep: bool = False,
+    channels: int = 24,
+    size: int = 16,
+) -> Arguments:
     """A packed batch with a pool, whose sequences start from states; ``steep``: nothing is left after a few tokens."""
     generator = torch.Generator().manual_seed(sum(lengths))
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    tokens, heads, size = sum(lengths), 4, 16
+    tokens, heads = sum(lengths), 4
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     arguments = {
-        "x": normal(tokens, heads, 24).to(dtype),
+        "x": normal(tokens, heads, channels).to(dtype),
         "dt": normal(tokens, heads).to(dtype) + (6 if steep else 0),
         "A": -normal(heads).abs() - 1,
         "B": normal(tokens, 2, size).to(dtype),
         "C": normal(tokens, 2, size).to(dtype),
         "D": normal(heads),
         "dt_bias": normal(heads) - 2,
-        "states": normal(len(lengths) + 3, heads, 24, size),
+        "states": normal(len(lengths) + 3, heads, channels, size),
         "state_indices": torch.arange(len(lengths), 0, -1, dtype=torch.int32),
         "has_initial_state": torch.ones(len(lengths), dtype=torch.bool),
         "num_computed_tokens": torch.zeros(len(lengths), dtype=torch.int32),
@@ -112,10 +121,63 @@ def other_blocks_and_stages(device: str) -> None:
     """Configs of different work share a chunk's length, and then all bits."""
     arguments = drawn((37, 16), device, torch.bfloat16)
     expected = scanned(arguments)
-    for config in (TINY | {"BLOCK_P": 32}, TINY | {"num_stages": 1}, TINY | {"num_stages": 3}):
-        with use_config(OP, config):
+    others = [{"BLOCK_P": 32}, {"num_stages": 1}, {"num_stages": 3}, {"BLOCK_P": 64}]
+    others += [{"BLOCK_P": block, "num_stages": stages, "TMA": True} for block in (16, 32, 64) for stages in (2, 3)]
+    for config in others:
+        with use_config(OP, TINY | config):
             for given, wanted in zip(scanned(arguments), expected, strict=True):
                 assert torch.equal(given, wanted), config
+
+
+def by_tma_as_by_pointers(device: str) -> None:
+    """Tiles have the same bits however they are copied: cut and empty sequences, blocks that are not full, x, B and C
+    as slices of one tensor, where all that is not a sequence's is not a number."""
+    tma: list[bool] = []
+    launch = ssd_launch.launch
+
+    def watched(plan: Any, *given: Any) -> None:
+        tma.append(plan(*given).options.get("TMA", False))
+        launch(plan, *given)
+
+    ssd_launch.launch = watched
+    try:
+        for lengths in ((0, 37, 1, 0, 16, 50, 0), (4 * Q,), (3,)):
+            for channels, size, steep in ((24, 16, False), (16, 24, True), (40, 40, False)):
+                arguments = drawn(lengths, device, torch.bfloat16, steep, channels, size)
+                arguments |= _among_no_numbers(arguments)
+                computed = [(7 * nth + 5) % Q for nth in range(len(lengths))]
+                arguments["num_computed_tokens"] = torch.tensor(computed, dtype=torch.int32, device=device)
+                found = []
+                for config in (TINY, TINY | {"TMA": True}):
+                    states = arguments["states"].clone()
+                    with use_config(OP, config):
+                        out = tmo.mamba_chunk_scan_combined_varlen(
+                            chunk_size=Q, dt_softplus=True, backend="triton", **arguments | {"states": states}
+                        )
+                    assert out.isfinite().all()
+                    found.append((out, states))
+                assert tma[-3:] == [False, False, True], "prepare, scan, prepare, scan"
+                for pointers, copied in zip(*found, strict=True):
+                    assert torch.equal(pointers, copied), (lengths, channels, size)
+    finally:
+        ssd_launch.launch = launch
+
+
+def _among_no_numbers(arguments: Arguments) -> Arguments:
+    """x, B and C in one tensor, with tokens of no sequence before and after."""
+    names = ("x", "B", "C")
+    row = torch.cat([arguments[name].flatten(1) for name in names], -1)
+    row = F.pad(row, (8, 8, Q, Q), value=float("nan"))
+    sizes = [arguments[name].shape[1:] for name in names]
+    cut = row.split([8, *(size.numel() for size in sizes), 8], -1)[1:-1]
+    views = {name: part.unflatten(1, size) for name, part, size in zip(names, cut, sizes, strict=True)}
+    return views | {"dt": F.pad(arguments["dt"], (0, 0, Q, Q)), "cu_seqlens": arguments["cu_seqlens"] + Q}
+
+
+def turned_products_agree_with_the_equations(device: str) -> None:
+    """With 64 channels and more by TMA, products are computed transposed."""
+    with use_config(OP, TINY | {"BLOCK_P": 64, "TMA": True}):
+        steep_and_mild_agree_with_the_equations(device)
 
 
 def steep_and_mild_agree_with_the_equations(device: str) -> None:

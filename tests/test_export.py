@@ -15,6 +15,7 @@ from torch.export import Dim
 import torch_mamba_ops as tmo
 from torch_mamba_ops import export
 from torch_mamba_ops.dispatch import OPS
+from torch_mamba_ops.tuning import use_config
 
 H, P, N, G, SLOTS = 4, 8, 16, 2, 11
 
@@ -115,6 +116,30 @@ def test_packages_for_a_gpu(tmp_path: Path) -> None:
     states = (torch.randn(SLOTS, H * P, 3).cuda(), torch.randn(SLOTS, H, P, N).cuda())
     step = tuple(t.cuda() for t in _step(4))
     export.package(Decode().cuda(), tmp_path / "decode.pt2", (*states, *step), verify=True, portable_compiler=True)
+
+
+class Scan(torch.nn.Module):
+    """The scan alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A = torch.nn.Parameter(-torch.rand(H) - 1)
+
+    def forward(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        return tmo.mamba_chunk_scan_combined(x, dt, self.A, B, C, 64, dt_softplus=True)
+
+
+@pytest.mark.aoti
+@pytest.mark.gpu
+def test_a_package_does_without_what_its_launcher_lacks(tmp_path: Path) -> None:
+    # torch 2.11 launches kernels from C++ with scratch memory for one program: those of a package make no descriptors.
+    shapes = ((1, 200, H, 64), (1, 200, H), (1, 200, G, 128), (1, 200, G, 128))
+    inputs = tuple(torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    config = {"BLOCK_Q": 64, "BLOCK_P": 64, "num_warps": 4, "num_stages": 3, "TMA": True}
+    lengths = tuple({1: Dim("length", min=2)} for _ in shapes)
+    path = tmp_path / "scan.pt2"
+    with use_config("mamba_chunk_scan_combined", config):
+        export.package(Scan().cuda(), path, inputs, dynamic_shapes=lengths, verify=True, portable_compiler=True)
 
 
 @pytest.mark.aoti

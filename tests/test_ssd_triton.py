@@ -5,27 +5,34 @@ The operations' own cases run in test_triton.py (interpreted, compiled) and test
 
 from __future__ import annotations
 
+import contextvars
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ssd_checks
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_mamba_ops as tmo
 from torch_mamba_ops import tuning
+from torch_mamba_ops.ops import launch as launching
+from torch_mamba_ops.ops import ssd_launch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 EVERYWHERE = (
     "alone_as_in_a_batch",
     "in_parts_as_in_one",
     "cut_anywhere",
+    "by_tma_as_by_pointers",
     "steep_and_mild_agree_with_the_equations",
+    "turned_products_agree_with_the_equations",
 )
 
 
@@ -80,8 +87,25 @@ def _bound(arguments: dict[str, Any]) -> Any:
 CHANGING = ("x", "dt", "B", "C", "cu_seqlens", "states", "state_indices", "num_computed_tokens")
 
 
+@pytest.fixture(params=["pointers", "tma"])
+def copied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiles are copied this way, in graphs too."""
+    seen: list[bool] = []
+    launch = ssd_launch.launch
+
+    def watched(plan: Any, *given: Any) -> None:
+        seen.append(plan(*given).descriptors)
+        launch(plan, *given)
+
+    monkeypatch.setattr(ssd_launch, "launch", watched)
+    config = {"BLOCK_P": 64, "num_stages": 3, "TMA": request.param == "tma"}
+    with tuning.use_config(ssd_checks.OP, ssd_checks.TINY | config):
+        yield
+    assert seen and seen == [False, config["TMA"]] * (len(seen) // 2), "prepare, scan"
+
+
 @pytest.mark.gpu
-def test_one_graph_serves_every_number_of_tokens_and_sequences() -> None:
+def test_one_graph_serves_every_number_of_tokens_and_sequences(copied: None) -> None:
     torch._dynamo.reset()
     compiled = None
     # No two sizes of the first are equal: torch would take them for one.
@@ -99,7 +123,7 @@ def test_one_graph_serves_every_number_of_tokens_and_sequences() -> None:
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_takes_other_sequences() -> None:
+def test_a_captured_graph_takes_other_sequences(copied: None) -> None:
     arguments = ssd_checks.drawn((40, 24, 36), "cuda", torch.bfloat16)
     call = _bound(arguments)
     given = [arguments[name] for name in CHANGING]
@@ -137,3 +161,80 @@ def test_more_elements_than_32_bits_count() -> None:
         dt_softplus=True, backend="triton",
     )  # fmt: skip
     assert torch.equal(out[end], alone)
+
+
+def _tiles(columns: int = 24, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """x, B and C as slices of one tensor, and an output."""
+    row = torch.empty(32, 2 * columns + 2 * 16, dtype=dtype)
+    x, B, C = row.split([2 * columns, 16, 16], -1)
+    x = x.unflatten(-1, (2, columns))
+    return {"x": x, "B": B[:, None], "C": C[:, None], "out": torch.empty(x.shape, dtype=dtype)}
+
+
+def _moved(tensor: torch.Tensor) -> torch.Tensor:
+    """The same two bytes further on."""
+    return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
+
+
+def test_tma_copies_slices_of_a_convolutions_output() -> None:
+    assert ssd_launch.why_not_tma(**_tiles(), chunk=64, block=64) == []
+
+
+@pytest.mark.parametrize(
+    ("reason", "changed"),
+    [
+        ("a chunk has 16", {"chunk": 16}),
+        ("it is for bfloat16", _tiles(dtype=torch.float32)),
+        ("it is for bfloat16", {"B": torch.empty(32, 1, 16)}),
+        ("x has strides", _tiles(columns=20)),  # 40 bytes a head
+        ("B has strides", {"B": torch.empty(16, 1, 32, dtype=torch.bfloat16).permute(2, 1, 0)}),
+        ("C has strides", {"C": torch.empty(1, 1, 16, dtype=torch.bfloat16).expand(32, 1, 16)}),
+        ("x is at address", {"x": _moved(_tiles()["x"])}),
+    ],
+)
+def test_tma_is_refused_with_the_reason(reason: str, changed: dict[str, Any]) -> None:
+    given = _tiles() | {"chunk": 64, "block": 64} | changed
+    assert any(reason in found for found in ssd_launch.why_not_tma(**given))
+
+
+def test_a_graph_takes_tma_where_its_compiler_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        tiles = _tiles()
+        sizes = {"chunk": 64, "block": 64}
+        assert [reason[:20] for reason in ssd_launch.why_not_tma(**tiles, **sizes)] == ["nothing is known of "]
+        monkeypatch.setattr(launching, "compiler_serves_descriptors", lambda: True)
+        assert ssd_launch.why_not_tma(**tiles, **sizes) == []
+        for name, tensor in tiles.items():
+            for changed in (_moved(tensor), tensor[:1]):
+                (reason,) = ssd_launch.why_not_tma(**tiles | {name: changed}, **sizes)
+                assert reason.startswith(f"{name} may be at any address")
+
+
+def test_inductors_python_wrapper_serves_descriptors() -> None:
+    from torch._inductor import config
+    from torch._inductor.virtualized import V
+
+    assert not launching.compiler_serves_descriptors()
+    with V.set_fake_mode(FakeTensorMode()):
+        assert launching.compiler_serves_descriptors()
+        with config.patch(cpp_wrapper=True):
+            assert not launching.compiler_serves_descriptors()
+        with V.set_aot_compilation(True):
+            assert not launching.compiler_serves_descriptors()
+
+
+def test_a_launch_brings_scratch_memory_and_leaves_the_callers_allocator() -> None:
+    from triton.runtime import _allocation
+
+    def mine(size: int, alignment: int, stream: int | None) -> Any:
+        raise AssertionError("not for this launch")
+
+    def inside() -> Any:
+        asked = _allocation._allocator.get()
+        triton.set_allocator(asked)
+        return asked
+
+    context = contextvars.copy_context()
+    context.run(triton.set_allocator, mine)
+    assert context.run(launching.with_scratch, inside) is launching._scratch
+    assert context.run(_allocation._allocator.get) is mine

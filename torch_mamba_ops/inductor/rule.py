@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_mamba_ops.dispatch import operation
 from torch_mamba_ops.dispatch.op import Lowering
+from torch_mamba_ops.ops import launch
 from torch_mamba_ops.ops.launch import INTERPRET
 
 from .gate import ready
@@ -26,7 +27,8 @@ _SEVERAL_TOKENS = (
 
 
 def install() -> None:
-    """Tells the operation, which knows nothing of compilers, to ask."""
+    """Tells the operation and the launcher, which know nothing of compilers, to ask."""
+    launch.compiler_serves_descriptors = _serves_descriptors
     op = operation(_NAME)
     op.lowering = Lowering(_why_not, _tracing)
     if importlib.util.find_spec("flashinfer") is not None:
@@ -68,6 +70,16 @@ def _why_not(backend: str, tensors: Sequence[Any], options: Mapping[str, Any]) -
 
 def _tracing() -> bool:
     """Inside ``compile_fx``, and not ahead of time: a package's kernels are those of the exported program."""
+    return _compiling() and ready()
+
+
+def _serves_descriptors() -> bool:
+    """Inductor's wrapper in Python allocates scratch; that in C++, before torch 2.13, as if there were one program. Of
+    graph inputs it checks at run time the addresses that it took to be multiples of 16 bytes, as they are by their
+    offset in storage, and clones those that are not; what it allocates itself is."""
+    return _compiling() and not sys.modules["torch._inductor.config"].cpp_wrapper
+
+
+def _compiling() -> bool:
     module = sys.modules.get("torch._inductor.virtualized")
-    compiling = module is not None and isinstance(module.V.fake_mode, FakeTensorMode) and not module.V.aot_compilation
-    return compiling and ready()
+    return module is not None and isinstance(module.V.fake_mode, FakeTensorMode) and not module.V.aot_compilation

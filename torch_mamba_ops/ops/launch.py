@@ -5,10 +5,12 @@ This module loads without Triton; kernels stand in modules of their own, importe
 
 from __future__ import annotations
 
+import contextvars
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -46,6 +48,48 @@ def reasons_against_triton(tensors: Sequence[Tensor | None]) -> list[str]:
     return found
 
 
+def _no_compiler_does() -> bool:
+    return False
+
+
+# Whether the compiler that is tracing gives kernels scratch memory, and moves inputs that it took to be aligned and are
+# not. Set by what knows that compiler, see `inductor.rule`.
+compiler_serves_descriptors: Callable[[], bool] = _no_compiler_does
+
+
+def why_not_descriptors(tensors: dict[str, Tensor]) -> list[str]:
+    """Why a kernel cannot make descriptors of these tensors, which are of ``[..., tokens, rows, columns]``.
+
+    Addresses, and all strides but the last, have to be multiples of 16 bytes. Of a fake tensor the place in its storage
+    is known, which a compiler that serves descriptors aligns. It may place one inside another, but with the strides it
+    was traced with: a whole number of tokens from the other's beginning, if there are tokens.
+    """
+    reasons = []
+    for name, tensor in tensors.items():
+        *outer, rows, columns = zip(tensor.shape, tensor.stride(), strict=True)
+        token = outer.pop()[1]
+        steps = [token, *(stride for size, stride in (*outer, rows) if not _known(size == 1))]
+        if columns[1] != 1 or _known(token == 0) or not all(_known(step * tensor.itemsize % 16 == 0) for step in steps):
+            reasons.append(f"{name} has strides {tuple(tensor.stride())}, expected multiples of 16 bytes, the last 1")
+        if not isinstance(tensor, (FakeTensor, FunctionalTensor)):
+            if tensor.data_ptr() % 16:
+                reasons.append(f"{name} is at address {tensor.data_ptr():#x}, expected a multiple of 16")
+        elif not compiler_serves_descriptors():
+            reasons.append("nothing is known of its compiler: kernels may get no scratch memory, inputs lie anywhere")
+        elif not _known(tensor.storage_offset() * tensor.itemsize % 16 == 0) or not _known(tensor.shape[-3] > 1):
+            reasons.append(f"{name} may be at any address, expected a multiple of 16")
+    return list(dict.fromkeys(reasons))
+
+
+def _known(condition: Any) -> bool:
+    """Without a guard, where sizes are symbols."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
 @dataclass(frozen=True)
 class Launch:
     """How a kernel is started for a call.
@@ -55,12 +99,14 @@ class Launch:
         grid: of programs, up to three numbers; nothing is started if one is zero.
         tensors: its pointers by name. None stands for a pointer that the kernel's options leave unused.
         options: its other arguments, and ``num_warps``, ``num_stages``.
+        descriptors: whether it makes descriptors of tensors, see `why_not_descriptors`.
     """
 
     kernel: Any
     grid: tuple[Any, ...]
     tensors: dict[str, Tensor | None]
     options: dict[str, Any]
+    descriptors: bool = False
 
 
 def launch(plan: Callable[..., Launch], *given: Any, result: Tensor | None = None) -> None:
@@ -99,6 +145,21 @@ def filled(tensors: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """Any pointer does for one that is not used; it must not be one that is written, as the last one never is."""
     filler = next(reversed([tensor for tensor in tensors.values() if tensor is not None]))
     return {name: filler if tensor is None else tensor for name, tensor in tensors.items()}
+
+
+def with_scratch(start: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Calls ``start``, which starts a kernel that makes descriptors: Triton has the memory for them from an allocator,
+    which belongs to the context. The caller's is left as it is."""
+    from triton import set_allocator
+
+    context = contextvars.copy_context()
+    context.run(set_allocator, _scratch)
+    return context.run(start, *arguments, **options)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Of the stream that is current, as that is the one kernels are started on."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 @dataclass(frozen=True)
@@ -157,7 +218,9 @@ def _first_start(key: tuple[Any, ...], made: Launch, given: tuple[Any, ...]) -> 
     if 0 in made.grid:
         _started[key] = None
         return None
-    compiled = made.kernel[made.grid](**made.tensors, **made.options)
+    start = made.kernel[made.grid]
+    arguments = made.tensors | made.options
+    compiled = with_scratch(start, **arguments) if made.descriptors else start(**arguments)
     tensors = [value for value in given if isinstance(value, Tensor)]
     sources = {id(tensor): position for position, tensor in enumerate(tensors)}
     if len(sources) < len(tensors):
@@ -175,7 +238,8 @@ def _first_start(key: tuple[Any, ...], made: Launch, given: tuple[Any, ...]) -> 
             places.append(sources[id(tensor)])
     head = 1 + max(i for i, place in enumerate(places) if place <= stream)
     early = sum(place > stream for place in places[:head])
-    kept = _Kept(compiled.run, itemgetter(*places[:head]), tuple(fixed[:early]), tuple(fixed[early:]))
+    run = partial(with_scratch, compiled.run) if made.descriptors else compiled.run
+    kept = _Kept(run, itemgetter(*places[:head]), tuple(fixed[:early]), tuple(fixed[early:]))
     _started[key] = kept
     return kept
 

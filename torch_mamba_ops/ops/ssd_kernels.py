@@ -201,6 +201,15 @@ def prepare(
 
 
 @triton.jit
+def add_product(added, left, right, TURNED: tl.constexpr, PRECISION: tl.constexpr):
+    """``added`` and the matrix product of the factors. ``TURNED``: as the transposed product of the other order, for
+    which it is what stands on the right that may come from registers."""
+    if TURNED:
+        return tl.trans(tl.dot(tl.trans(right), tl.trans(left), acc=tl.trans(added), input_precision=PRECISION))
+    return tl.dot(left, right, acc=added, input_precision=PRECISION)
+
+
+@triton.jit
 def scan_chunk(
     state,
     pending,
@@ -219,6 +228,7 @@ def scan_chunk(
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    TURNED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
     """One chunk: the outputs ``[Q, P]`` before their scale, skip connection and gate; the state ``[N, P]``, and what it
@@ -239,7 +249,8 @@ def scan_chunk(
     added = inputs
     state = multiply(state, pending * tl.exp2(middle), PRODUCT, INTERPRETED)
     pending = tl.exp2(total - middle)
-    y = tl.dot(C, factor(state, PRODUCT, INTERPRETED), input_precision=PRECISION)
+    y = tl.zeros((BLOCK_Q, state.shape[1]), tl.float32)
+    y = add_product(y, C, factor(state, PRODUCT, INTERPRETED), TURNED, PRECISION)
     if not ALL_MILD:
         if not mild:
             place = tl.arange(0, BLOCK_Q)
@@ -261,8 +272,8 @@ def scan_chunk(
             added = factor(multiply(x, to_end[:, None], PRODUCT, INTERPRETED), PRODUCT, INTERPRETED)
             state *= kept
             pending = 1.0
-    y = tl.dot(factor(scores, PRODUCT, INTERPRETED), inputs, acc=y, input_precision=PRECISION)
-    state = tl.dot(tl.trans(B), added, acc=state, input_precision=PRECISION)
+    y = add_product(y, factor(scores, PRODUCT, INTERPRETED), inputs, TURNED, PRECISION)
+    state = add_product(state, tl.trans(B), added, TURNED, PRECISION)
     return y, state, pending
 
 
@@ -349,6 +360,7 @@ def scan(
     HAS_FINAL: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -360,6 +372,8 @@ def scan(
     after its last token. Sequences, tokens and slots are counted in 64 bits, tiles in 32.
     """
     PRODUCT: tl.constexpr = scores.dtype.element_ty
+    # A matrix unit takes 64 rows of registers. By pointers it is slower: tiles lie in shared memory the other way.
+    TURNED: tl.constexpr = TMA and BLOCK_P >= 64
     head = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     group = head // RATIO
@@ -429,9 +443,22 @@ def scan(
         seq_idx += batch * seq_idx_batch
     place = tl.arange(0, BLOCK_Q)
     decays += (chunk * HEADS + head) * 2 * BLOCK_Q
-    scales += (chunk * HEADS + head) * 2 * BLOCK_Q + place
+    scales += (chunk * HEADS + head) * 2 * BLOCK_Q
+    to_middle = scales + place
     totals += head * all_chunks + chunk
-    scores += (chunk * (HEADS // RATIO) + group) * BLOCK_Q * BLOCK_Q + (place[:, None] * BLOCK_Q + place[None, :])
+    scores += (chunk * (HEADS // RATIO) + group) * BLOCK_Q * BLOCK_Q
+    if TMA:
+        # Made at the sequence's first token: the rows before and after the sequence are read as zeros and not written.
+        rows = tl.maximum(tokens, 1)
+        pair_rows = tl.cdiv(rows + offset, CHUNK) * (HEADS // RATIO * BLOCK_Q)
+        x_tiles = tl.make_tensor_descriptor(x + first * x_token, [rows, head_dim], [x_token, 1], [BLOCK_Q, BLOCK_P])
+        B_tiles = tl.make_tensor_descriptor(B + first * B_token, [rows, N], [B_token, 1], [BLOCK_Q, BLOCK_N])
+        C_tiles = tl.make_tensor_descriptor(C + first * C_token, [rows, N], [C_token, 1], [BLOCK_Q, BLOCK_N])
+        score_tiles = tl.make_tensor_descriptor(scores, [pair_rows, BLOCK_Q], [BLOCK_Q, 1], [BLOCK_Q, BLOCK_Q])
+        out_tiles = tl.make_tensor_descriptor(
+            out + first * OUT_TOKEN, [rows, head_dim], [OUT_TOKEN, 1], [BLOCK_Q, BLOCK_P]
+        )
+    scores += place[:, None] * BLOCK_Q + place[None, :]
     own = place
     own_carried = 0
     own_last = 0
@@ -446,7 +473,8 @@ def scan(
     # Compiled twice: with no chunk that is not mild, two products share a factor and a barrier.
     for ALL_MILD in tl.static_range(1 if HAS_SEQ_IDX else 2):
         if HAS_SEQ_IDX or (all_mild == (ALL_MILD == 1)):
-            from_middle = tl.load(scales + BLOCK_Q, (place < BLOCK_Q) & (tokens > -offset), 0.0)
+            from_middle = tl.load(scales + (BLOCK_Q + place), (place < BLOCK_Q) & (tokens > -offset), 0.0)
+            total = tl.load(totals, tokens > -offset, 0.0)
             for begin in range(-offset, tokens, CHUNK):
                 inside = begin + place < tokens
                 if HAS_COMPUTED:
@@ -456,22 +484,30 @@ def scan(
                 row = first + begin
                 there = inside[:, None] & in_p[None, :]
                 shared = inside[:, None] & in_n[None, :]
-                xs = tl.load(x + row * x_token + (place[:, None] * x_token + channel[None, :] * X_DIM), there, 0.0)
-                Bs = tl.load(B + row * B_token + (place[:, None] * B_token + n[None, :] * B_N), shared, 0.0)
-                Cs = tl.load(C + row * C_token + (place[:, None] * C_token + n[None, :] * C_N), shared, 0.0)
+                if TMA:
+                    xs = x_tiles.load([begin, tl.program_id(0) * BLOCK_P])
+                    Bs = B_tiles.load([begin, 0])
+                    Cs = C_tiles.load([begin, 0])
+                    pairs = score_tiles.load([(begin + offset) * (HEADS // RATIO), 0])
+                else:
+                    xs = tl.load(x + row * x_token + (place[:, None] * x_token + channel[None, :] * X_DIM), there, 0.0)
+                    Bs = tl.load(B + row * B_token + (place[:, None] * B_token + n[None, :] * B_N), shared, 0.0)
+                    Cs = tl.load(C + row * C_token + (place[:, None] * C_token + n[None, :] * C_N), shared, 0.0)
+                    pairs = tl.load(scores)
                 if HAS_SEQ_IDX:
                     own = tl.load(seq_idx + (row + place) * seq_idx_token, inside, 0)
                     own_last = tl.load(seq_idx + (first + tl.minimum(begin + CHUNK, tokens) - 1) * seq_idx_token)
                     own_carried = tl.load(seq_idx + (first + tl.maximum(begin - 1, 0)) * seq_idx_token)
                 y, state, pending = scan_chunk(
                     state, pending, xs, factor(Bs, PRODUCT, INTERPRETED), factor(Cs, PRODUCT, INTERPRETED),
-                    tl.load(scores), tl.load(scales), tl.load(totals), decays, own, own_carried, own_last,
-                    ALL_MILD == 1, HAS_SEQ_IDX, PRODUCT, PRECISION, INTERPRETED, BLOCK_Q,
+                    pairs, tl.load(to_middle), total, decays, own, own_carried, own_last,
+                    ALL_MILD == 1, HAS_SEQ_IDX, PRODUCT, PRECISION, INTERPRETED, TURNED, BLOCK_Q,
                 )  # fmt: skip
                 y *= from_middle[:, None]
                 totals += 1
                 decays += 2 * HEADS * BLOCK_Q
                 scales += 2 * HEADS * BLOCK_Q
+                to_middle += 2 * HEADS * BLOCK_Q
                 scores += HEADS // RATIO * BLOCK_Q * BLOCK_Q
                 if HAS_D:
                     # As one rounding, whatever the compiler does in this loop and in the other.
@@ -480,10 +516,14 @@ def scan(
                     gates = z + row * z_token + (place[:, None] * z_token + channel[None, :] * Z_DIM)
                     y *= silu(tl.load(gates, there, 0.0).to(tl.float32))
                 written = out + row * OUT_TOKEN + (place[:, None] * OUT_TOKEN + channel[None, :])
-                tl.store(written, y.to(out.dtype.element_ty), there)
-                # A chunk ahead, as the compiler's pipeline does not take loads that no product takes; at the end, or
-                # reads of shared memory wait for it.
-                from_middle = tl.load(scales + BLOCK_Q, (place < BLOCK_Q) & (begin + CHUNK < tokens), 0.0)
+                if TMA and not HAS_COMPUTED:  # with them a chunk may begin before row 0: no instruction stores there
+                    out_tiles.store([begin, tl.program_id(0) * BLOCK_P], y.to(out.dtype.element_ty))
+                else:
+                    tl.store(written, y.to(out.dtype.element_ty), there)
+                # A chunk ahead, as the compiler's pipeline does not take loads that no product takes, and one number is
+                # not worth its barrier; at the end, or reads of shared memory wait for them.
+                from_middle = tl.load(scales + (BLOCK_Q + place), (place < BLOCK_Q) & (begin + CHUNK < tokens), 0.0)
+                total = tl.load(totals, begin + CHUNK < tokens, 0.0)
     state *= pending
 
     if HAS_FINAL:

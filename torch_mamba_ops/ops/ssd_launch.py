@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_mamba_ops.ops.launch import INTERPRET, Launch, launch, reasons_against_triton
+from torch_mamba_ops.ops.launch import INTERPRET, Launch, launch, reasons_against_triton, why_not_descriptors
 from torch_mamba_ops.tuning import Config, configs_for, key_of
 
 _LARGEST_STATE = 512
@@ -186,6 +186,7 @@ def _scan(
     size = B.shape[-1]
     sequences = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else x.shape[0]
     config = _config(x.dtype, heads, head_dim, size, sequences, x.device)
+    tma = config.pop("TMA", False) and not why_not_tma(x, B, C, out, chunk, config["BLOCK_Q"])
     return Launch(
         ssd_kernels.scan,
         ((head_dim + config["BLOCK_P"] - 1) // config["BLOCK_P"], heads, sequences),
@@ -247,8 +248,21 @@ def _scan(
             PRECISION=_precision(x.dtype, B.dtype, C.dtype),
             INTERPRETED=INTERPRET,
             **config,
+            TMA=tma,
         ),
+        descriptors=tma,
     )
+
+
+def why_not_tma(x: Tensor, B: Tensor, C: Tensor, out: Tensor, chunk: int, block: int) -> list[str]:
+    """Why the scan cannot copy tiles of these tensors by TMA. It then does by pointers, whatever the config says: the
+    bits are the same. Fake tensors get the answer of the graph that they stand for."""
+    reasons = why_not_descriptors({"x": x, "B": B, "C": C, "out": out})
+    if chunk != block:
+        reasons.append(f"it copies blocks of {block} tokens, and a chunk has {chunk}")
+    if not x.dtype == B.dtype == C.dtype == torch.bfloat16:
+        reasons.append(f"it is for bfloat16, and x, B, C are {x.dtype}, {B.dtype}, {C.dtype}")
+    return reasons
 
 
 def _packing(tokens: torch.Size, cu_seqlens: Tensor | None, chunk: int) -> dict[str, Any]:
