@@ -24,6 +24,7 @@ NAMES = {
     "ours": "torch_mamba_ops",
     "mamba_ssm": "with mamba_ssm's kernels",
     "untouched": "untouched, compiled",
+    "untouched, eager": "untouched, eager, with mamba_ssm's kernels where transformers takes them",
 }
 Row = dict[str, str]
 
@@ -60,8 +61,8 @@ def main(source: str, target: str) -> None:
     _bars(axes[2], prefill, lambda row: ours.get(row["model"], math.nan) / float(row["value"]))
     tokens = prefill[0]["tokens"] if prefill else ""
     axes[2].set(title=f"prefill of {tokens} tokens", ylabel="speed, torch_mamba_ops = 1")
-    axes[0].legend(frameon=False, loc="lower left")
-    axes[2].legend(frameon=False)
+    shown = {label: bar for axis in axes for bar, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), frameon=False)
     first = rows[0]
     figure.suptitle(
         f"Hugging Face models cut to {first['layers']} layers, bfloat16, {first['gpu']}, torch {first['torch']}, "

@@ -16,6 +16,7 @@ from torch_mamba_ops.dispatch.selection import read_environment as _read_environ
 from torch_mamba_ops.ops import *  # noqa: F403
 from torch_mamba_ops.ops import __all__ as _operations
 from torch_mamba_ops.startup import prepare, warmup
+from torch_mamba_ops.tuning.preference import read as _read_tables
 from torch_mamba_ops.version import VERSION
 
 __version__ = VERSION
@@ -36,3 +37,4 @@ __all__ = [
 
 _entry_points()
 _read_environment()
+_read_tables()

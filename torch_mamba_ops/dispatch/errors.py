@@ -20,7 +20,8 @@ class NoBackendError(BackendError):
 def unknown(kind: str, given: str, valid: Iterable[str]) -> str:
     """Says that ``given`` is no ``kind``, naming the nearest valid one and all of them."""
     names = sorted(valid)
-    nearest = difflib.get_close_matches(str(given), names, n=1)
+    # Dynamo cannot trace the search.
+    nearest = [] if torch.compiler.is_compiling() else difflib.get_close_matches(str(given), names, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     return f"unknown {kind} {given!r}{hint} (known: {', '.join(map(repr, names)) or 'none'})"
 

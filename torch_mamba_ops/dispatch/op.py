@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
@@ -58,6 +58,24 @@ class Lowering:
         return not self.why_not(backend, tensors, options) and self.tracing()
 
 
+class Preference(NamedTuple):
+    """What a table of measurements says of a call.
+
+    Attributes:
+        backend: the fastest.
+        key: what was measured.
+        work: how much of that this call is; may be symbolic.
+        levels: all that the table says of it: amounts of work, and the backend that is the fastest from each on.
+        table: which one.
+    """
+
+    backend: str
+    key: str
+    work: Any
+    levels: tuple[tuple[int, str], ...]
+    table: str
+
+
 class Op:
     """One operation, registered as ``torch.ops.torch_mamba_ops.<name>``.
 
@@ -65,10 +83,13 @@ class Op:
         schema: of the operator. Tensors are positional, options keyword-only, the last one is ``str backend``.
         fake: called with the operator's arguments without ``backend``; returns empty outputs with the shapes, dtypes
             and strides that every backend returns.
-        auto: the order in which the automatic choice tries the built-in backends.
+        auto: the order in which the automatic choice tries the built-in backends, after the one that ``prefer`` names.
         differentiable: the backward pass differentiates the ``reference`` backend, recomputed. Only for operators
             that mutate nothing.
         hints: options that change no result, so that a backend need not take them.
+        prefer: called with the operator's arguments without ``backend``; what was measured of such calls, or None.
+            From metadata alone. Dynamo traces it: it must guard no symbolic size, and read plain dictionaries only,
+            after whose change ``repeat.forget`` is called.
     """
 
     def __init__(
@@ -79,6 +100,7 @@ class Op:
         auto: Sequence[str],
         differentiable: bool = False,
         hints: Sequence[str] = (),
+        prefer: Callable[..., Preference | None] | None = None,
     ) -> None:
         self.name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         qualified = f"{NAMESPACE}::{self.name}"
@@ -92,6 +114,8 @@ class Op:
         self.auto = tuple(auto)
         self.hints = tuple(hints)
         self.differentiable = differentiable
+        self.prefer = prefer
+        self.swayed = False  # whether some table prefers another backend than the first of `auto`; set by `tuning`
         self.defaults: dict[str, Any] = {}
         self.function: Callable[..., Any]
         self.backends: dict[str, Backend] = {}
@@ -130,11 +154,28 @@ class Op:
         name = selection.wanted(self.name, self.backends) if requested is None else requested
         if name != "auto":
             return self._named(name, tensors, options).key
-        for candidate in self.auto:
+        for candidate in self.order(self.preference(tensors, options) if self.swayed else None):
             backend = self.backends.get(candidate)
             if backend is not None and (backend.why_not is None or not backend.why_not(*tensors, **options)):
                 return backend.key
         raise NoBackendError(self._nothing_fits(tensors, options))
+
+    def preference(self, tensors: Sequence[Any], options: Mapping[str, Any]) -> Preference | None:
+        """What was measured of such calls, if anything was. A program that is exported may run on another device."""
+        # Not is_exporting(), which is always true to Dynamo of torch 2.11.
+        if self.prefer is None or torch.compiler._is_exporting_flag:
+            return None
+        found = self.prefer(*tensors, **options)
+        if found is not None and found.backend not in self.backends:
+            name = unknown("backend", found.backend, self.backends)
+            raise BackendError(f"{found.table}: backends: {self.name}: {found.key}: {name}")
+        return found
+
+    def order(self, preference: Preference | None) -> tuple[str, ...]:
+        """The backends that the automatic choice tries, the first that can run a call runs it."""
+        if preference is None or preference.backend == self.auto[0]:
+            return self.auto
+        return (preference.backend, *self.auto)
 
     def publish(self, function: Callable[..., Any]) -> None:
         """Sets the public function; an option at its default there is one that a call does not use."""
@@ -192,7 +233,7 @@ class Op:
 
     def _nothing_fits(self, tensors: tuple[Any, ...], options: dict[str, Any]) -> str:
         lines = [f"no backend can run {self._described(tensors, options)}"]
-        for name in self.auto:
+        for name in dict.fromkeys(self.order(self.preference(tensors, options))):
             if name in self.backends:
                 why_not = self.backends[name].why_not
                 reasons = why_not(*tensors, **options) if why_not is not None else ()

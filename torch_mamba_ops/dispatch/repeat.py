@@ -3,8 +3,8 @@
 A public function checks its arguments, chooses a backend and goes through torch's dispatcher, which takes the host
 longer than a decode step takes the device. `repeatable` remembers calls that did all that. A call is like one of them
 if its tensors agree in everything but their values and addresses (torch.compile's own guards compare them), its other
-arguments are equal and the choice of the backend still holds; it then runs the backend directly, after the checks of
-values (`each_time`).
+arguments are equal and the choice of the backend still holds (see `forget`, too); it then runs the backend directly,
+after the checks of values (`each_time`).
 
 Leaving the dispatcher out must not show, so a call that anybody watches takes the long way: the compiler, modes,
 subclasses, function transforms, autograd, a profiler.
@@ -41,6 +41,18 @@ _OTHERS = (type(None), bool, int, float, str)
 _UNWATCHED = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).add(torch._C.DispatchKey.ADInplaceOrView)
 _MOST = 16  # calls remembered, or refused, for one way to write the arguments and one size
 _WAYS = 2048
+_forgotten = [0]
+
+
+def forget() -> None:
+    """Has every call take the long way once more. To call after a change of what calls go by beside their arguments and
+    what `selection` holds: tables of what was measured."""
+    _forgotten[0] += 1
+
+
+def generation() -> int:
+    """A number that is another one after each `forget`."""
+    return _forgotten[0]
 
 
 @dataclass
@@ -56,6 +68,7 @@ class Record:
         result: what that returned.
         checks: of values: function, name, the tensor, other arguments.
         start: the tensors and the function of `offer`.
+        generation: when it began.
     """
 
     op: Op
@@ -66,6 +79,7 @@ class Record:
     result: Any = None
     checks: list[tuple[Callable[..., None], str, Tensor, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     start: tuple[Tensor, Sequence[Tensor], Callable[[list[int]], Any]] | None = None
+    generation: int = field(default_factory=generation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +95,7 @@ class Known:
         written: the arguments that are mutated, and which they are.
         wanted: the backend that was chosen outside of the call, if the call did not name one.
         backend: that ran it.
+        generation: what holds no longer after a `forget`.
         checks: of values: function, name, which argument, other arguments.
         run: runs the arguments; NotImplemented if they must take the long way.
     """
@@ -93,6 +108,7 @@ class Known:
     written: Mapping[str, int]
     wanted: str | None
     backend: Backend
+    generation: int
     checks: tuple[tuple[Callable[..., None], str, int, tuple[Any, ...], dict[str, Any]], ...]
     run: Callable[[Values], Any]
 
@@ -179,6 +195,8 @@ def _repeating(op: Op, function: Callable[..., Any], unread: frozenset[str]) -> 
         way = (torch.is_grad_enabled(), first.shape, len(args), *kwargs)
         calls = known_calls.get(way, ())
         for known in calls:
+            if known.generation != _forgotten[0]:
+                continue
             others = known.others(values)
             if list(map(type, others)) != known.types or others != known.given:  # a tensor must not be compared
                 continue
@@ -289,6 +307,7 @@ def _known(record: Record, result: Any, names: Sequence[str], values: Values, un
         written=written,
         wanted=record.wanted if public.get("backend") is None else None,
         backend=backend,
+        generation=record.generation,
         checks=tuple(
             (check, name, places[id(tensor)], rest, more) for check, name, tensor, rest, more in record.checks
         ),

@@ -11,7 +11,7 @@ import torch
 
 from . import selection
 from .errors import BackendError, describe_call
-from .op import ASK, Asked, Op, operation
+from .op import ASK, Asked, Op, Preference, operation
 
 if TYPE_CHECKING:
     from .backend import Backend
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A backend and every reason why it cannot run the call (none: it can)."""
+    """A backend, every reason why it cannot run the call (none: it can), and whether the automatic choice tries it."""
 
     name: str
     reasons: tuple[str, ...]
@@ -83,15 +83,20 @@ def explain(op: str, /, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _explanation(op: Op, requested: str | None, tensors: tuple[Any, ...], options: dict[str, Any]) -> Explanation:
-    candidates = tuple(
-        Candidate(name, tuple(backend.why_not(*tensors, **options)) if backend.why_not else (), name in op.auto)
-        for name, backend in backends(op.name).items()
-    )
+    wanted = selection.wanted(op.name, op.backends) if requested is None else requested
     chosen: str | None
+    preference: Preference | None = None
     try:
-        chosen, why = op.choose(requested, tensors, options).partition("@")[0], _source(op, requested)
+        preference = op.preference(tensors, options) if wanted == "auto" else None
+        chosen = op.choose(wanted, tensors, options).partition("@")[0]
+        why = _automatic(op, chosen, preference) if wanted == "auto" else f"asked for by {_source(op, requested)}"
     except BackendError as error:
         chosen, why = None, str(error).splitlines()[0]
+    order = op.order(preference)
+    candidates = tuple(
+        Candidate(name, tuple(backend.why_not(*tensors, **options)) if backend.why_not else (), name in order)
+        for name, backend in backends(op.name).items()
+    )
     compiled = _compiled(op, op.backends[chosen], tensors, options) if chosen is not None else None
     call = describe_call(op.name, op.named(tensors, options))
     return Explanation(call, chosen, why, candidates, compiled, _gradient(op, chosen, tensors))
@@ -117,10 +122,19 @@ def _compiled(op: Op, backend: Backend, tensors: tuple[Any, ...], options: dict[
 
 
 def _source(op: Op, requested: str | None) -> str:
-    if requested not in (None, "auto"):
-        return "asked for by the call"
-    if requested is None and (name := selection.wanted(op.name, op.backends)) != "auto":
-        current = selection.current()
-        source = current.get(op.name, current.get(selection.EVERY, (name, "")))[1]
-        return f"asked for by {source}"
-    return f"automatic: the first of {', '.join(op.auto)} that can run it"
+    if requested is not None:
+        return "the call"
+    current = selection.current()
+    return current[op.name if op.name in current else selection.EVERY][1]
+
+
+def _automatic(op: Op, chosen: str, preference: Preference | None) -> str:
+    first = f"automatic: the first of {', '.join(op.auto)} that can run it"
+    if preference is None:
+        return first
+    levels = ", ".join(f"{backend} from {least} on" for least, backend in preference.levels)
+    measured = f"measured to be the fastest for {preference.key} and work {preference.work}"
+    measured += f" ({preference.table}: {levels})"
+    if preference.backend == chosen:
+        return f"automatic: {measured}"
+    return f"{first}; {preference.backend}, {measured}, cannot"

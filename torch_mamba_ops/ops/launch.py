@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from torch_mamba_ops.dispatch import repeat
-from torch_mamba_ops.tuning import generation
 
 # As Triton reads it, once. The interpreter runs kernels on CPU tensors, for tests.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -190,7 +189,7 @@ _KEPT = 4096  # plans; packed batches have ever new sizes
 
 
 def _start(plan: Callable[..., Launch], given: tuple[Any, ...], result: Tensor | None) -> None:
-    device, tables = given[0].device.index, generation()
+    device, tables = given[0].device.index, repeat.generation()
     parts: list[Any] = [plan, tables, device]
     addresses: list[int] = []
     for value in given:
@@ -210,7 +209,7 @@ def _start(plan: Callable[..., Launch], given: tuple[Any, ...], result: Tensor |
             _started.clear()
         kept = _first_start(key, plan(*given), given)
     if kept is not None and result is not None and repeat.recording():
-        _offer(kept, tables, [value for value in given if isinstance(value, Tensor)], result)
+        _offer(kept, [value for value in given if isinstance(value, Tensor)], result)
 
 
 def _first_start(key: tuple[Any, ...], made: Launch, given: tuple[Any, ...]) -> _Kept | None:
@@ -244,7 +243,7 @@ def _first_start(key: tuple[Any, ...], made: Launch, given: tuple[Any, ...]) -> 
     return kept
 
 
-def _offer(kept: _Kept, tables: int, tensors: Sequence[Tensor], result: Tensor) -> None:
+def _offer(kept: _Kept, tensors: Sequence[Tensor], result: Tensor) -> None:
     """Lets calls like this one start from the addresses of their tensors."""
     others = [tensor for tensor in tensors if tensor is not result]
     alignment = [tensor.data_ptr() % 16 for tensor in others]  # Triton's code depends on it
@@ -255,7 +254,7 @@ def _offer(kept: _Kept, tables: int, tensors: Sequence[Tensor], result: Tensor) 
     def start(addresses: list[int]) -> Any:
         if [address % 16 for address in addresses] != alignment:
             return NotImplemented
-        if tables != generation() or index != torch._C._cuda_getDevice():
+        if index != torch._C._cuda_getDevice():
             return NotImplemented
         out = torch.empty_strided(size, stride, dtype=dtype, device=device)
         addresses.insert(place, out.data_ptr())

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch_mamba_ops.startup.layers import Given
     from torch_mamba_ops.state import MambaStateSpec
 
-SAMPLE = Size(FEW + 1, 2 * FEW + 2)  # the choice is the same for other sizes
+SAMPLE = Size(FEW + 1, 2 * FEW + 2)  # the choice is the same for other sizes, unless a table sways it
 
 
 @dataclass(frozen=True)

@@ -46,19 +46,8 @@ def search(job: Job, asked: ladder.Lookup, sizes: Sequence[int], device: torch.d
         return None
     steps = sorted(best.items())
     entries = [step for i, step in enumerate(steps) if i == 0 or step[1] != steps[i - 1][1]]
-    before = tuning.version()
     ladder.keep(asked.op, asked.key, device, entries)
-    rename_backends(before)
     return f"{asked.op} {asked.key}"
-
-
-def rename_backends(before: str) -> None:
-    """Backends carry a hash of all configs, so that no graph compiled with others is served for them."""
-    now = tuning.version()
-    for op in OPS.values():
-        for backend in list(op.backends.values()):
-            if now != before and backend.key.endswith(f"-{before}"):
-                op.add(replace(backend, key=backend.key.removesuffix(before) + now))
 
 
 def _best(job: Job, op: str, device: torch.device, configs: Iterable[dict[str, Any]]) -> dict[str, Any] | None:

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from torch_mamba_ops import settings
+from torch_mamba_ops.dispatch import OPS
 from torch_mamba_ops.startup.batches import Limits, sizes, sizes_of_levels
-from torch_mamba_ops.startup.calls import calls_of
+from torch_mamba_ops.startup.calls import Call, calls_of
 from torch_mamba_ops.startup.compiles import Compiles, count_compiles
 from torch_mamba_ops.startup.layers import Layers, layers_of
 from torch_mamba_ops.startup.preparing import SAMPLE, describe, device_of, dtype_of, explained
 from torch_mamba_ops.startup.running import Done, Job, run_all
-from torch_mamba_ops.startup.searching import rename_backends, search
+from torch_mamba_ops.startup.scratch import Size
+from torch_mamba_ops.startup.searching import search
 from torch_mamba_ops.tuning import cache, ladder
 
 if TYPE_CHECKING:
@@ -126,7 +128,8 @@ def warmup(
         raise ValueError(f"workers: got {workers}, expected a positive number or None")
     policy = settings.current().tuning if tuning is None else settings.Settings(tuning=tuning).tuning
     if cache_dir is not None:
-        _use_cache(cache_dir)
+        cache.use_folder(cache_dir)
+        ladder.reread()
     found = layers_of(layers)
     place = device_of(found, device)
     jobs, skipped = _jobs(found, place, dtype, limits)
@@ -140,13 +143,6 @@ def warmup(
     if jobs or skipped:
         _log.info(report.summary)
     return report
-
-
-def _use_cache(folder: str | os.PathLike[str]) -> None:
-    before = ladder.version()
-    cache.use_folder(folder)
-    ladder.reread()
-    rename_backends(before)
 
 
 def _jobs(
@@ -166,8 +162,13 @@ def _jobs(
                 and explained(call, device, replace(SAMPLE, few_slots=True), told.chosen).chosen is not None
             )
             batches = sizes(call.phase, limits, device, few_slots=few)
-            jobs.append([Job(name, call, size, told.chosen) for size in batches])
+            jobs.append([Job(name, call, size, _backend(call, size, device) or told.chosen) for size in batches])
     return jobs, tuple(skipped)
+
+
+def _backend(call: Call, size: Size, device: torch.device) -> str | None:
+    """What a table's preference, which depends on the size, makes of the choice."""
+    return explained(call, device, size).chosen if OPS[call.op].swayed else None
 
 
 def _run(

@@ -1,5 +1,7 @@
-"""Configs of kernels: what was given, what the user's file says, what the shipped table says, else a rule of thumb."""
+"""What was measured: configs of kernels and the fastest backends, from the user's tables over the shipped ones."""
 
-from .ladder import Config, configs_for, generation, key_of, use_config, version
+from .files import key_of
+from .ladder import Config, configs_for, use_config, version
+from .preference import preferred
 
-__all__ = ["Config", "configs_for", "generation", "key_of", "use_config", "version"]
+__all__ = ["Config", "configs_for", "key_of", "preferred", "use_config", "version"]

@@ -3,7 +3,7 @@
     {"made_by": ..., "selective_state_update": {"bfloat16 P64 N128": [[48, {"BLOCK_P": 8, ...}], ...], ...}}
 
 Each entry holds from that much work on: sequences x heads, or x channels. What warm-up found itself stands in `cache`,
-below them.
+below them. What they say of backends is read by `preference`.
 """
 
 from __future__ import annotations
@@ -11,23 +11,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from torch_mamba_ops.tuning import cache
+from torch_mamba_ops.dispatch import OPS
+from torch_mamba_ops.dispatch.repeat import forget
+from torch_mamba_ops.tuning import cache, preference
+from torch_mamba_ops.tuning.files import folders, table_name
 
 Config = dict[str, Any]
-VARIABLE = "TORCH_MAMBA_OPS_CONFIGS"
-_SHIPPED = Path(__file__).parent / "tables"
 _given: dict[str, Config] = {}
-_changes = [0]
 
 
 def configs_for(op: str, key: str, work: Any, device: torch.device) -> Config | None:
@@ -53,25 +51,20 @@ def configs_for(op: str, key: str, work: Any, device: torch.device) -> Config | 
     return fitting[-1] if fitting else entries[0][1]
 
 
-def key_of(dtype: torch.dtype, **sizes: int) -> str:
-    """For example ``bfloat16 P64 N128``."""
-    return " ".join([str(dtype).removeprefix("torch."), *(f"{name}{size}" for name, size in sizes.items())])
-
-
 @contextmanager
 def use_config(op: str, config: Config) -> Iterator[None]:
     """Gives an operation's kernel its config inside a ``with`` block: for tuning and for tests of single configs."""
     before = _given.get(op)
     _given[op] = config
-    _changes[0] += 1
+    forget()
     try:
         yield
     finally:
-        _changes[0] += 1
         if before is None:
             del _given[op]
         else:
             _given[op] = before
+        forget()
 
 
 @dataclass(frozen=True)
@@ -108,32 +101,27 @@ def keep(op: str, key: str, device: torch.device, entries: cache.Entries) -> Non
 
 
 def reread() -> None:
-    """To call after a change of what is on disk, or of where that is. Plans of calls that are kept are made anew."""
+    """To call after a change of what is on disk, or of where that is. Backends are named for what is there now, and
+    calls that are kept are found out anew."""
+    before = version()
     version.cache_clear()
-    _changes[0] += 1
-
-
-def generation() -> int:
-    """A number that is another one after every change of what this module says."""
-    return _changes[0]
+    _table.cache_clear()
+    preference.read()
+    for op in OPS.values():
+        for backend in list(op.backends.values()):
+            if version() != before and backend.key.endswith(f"-{before}"):
+                op.add(replace(backend, key=backend.key.removesuffix(before) + version()))
+    forget()
 
 
 @functools.cache
 def version() -> str:
-    """A hash of all tables: compiled graphs hold configs, and a graph with other ones is another graph."""
+    """A hash of all tables, part of the names of backends that have configs: a graph with others is another graph."""
     digest = hashlib.sha256(cache.digest().encode())
-    for folder in _folders():
+    for folder in folders():
         for path in sorted(folder.glob("*.json")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:8]
-
-
-def table_name(device: torch.device) -> str:
-    """The file's name for a device: ``nvidia_h200``."""
-    if device.type != "cuda":
-        return device.type
-    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "none"
-    return "_".join(name.lower().replace("-", " ").split())
 
 
 def _entries(op: str, key: str, device: torch.device) -> cache.Entries:
@@ -146,14 +134,10 @@ def _entries(op: str, key: str, device: torch.device) -> cache.Entries:
 def _table(name: str) -> Mapping[str, Any]:
     """The shipped table, under the user's (a folder named by ``TORCH_MAMBA_OPS_CONFIGS``)."""
     merged: dict[str, dict[str, Any]] = {}
-    for folder in _folders():
+    for folder in folders():
         path = folder / f"{name}.json"
         if path.exists():
             for op, keys in json.loads(path.read_text()).items():
                 if isinstance(keys, dict):
                     merged.setdefault(op, {}).update(keys)
     return merged
-
-
-def _folders() -> list[Path]:
-    return [_SHIPPED, *([Path(os.environ[VARIABLE])] if os.environ.get(VARIABLE) else [])]

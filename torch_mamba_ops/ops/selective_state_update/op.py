@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_mamba_ops.dispatch import Op
+from torch_mamba_ops.dispatch.op import Preference
 from torch_mamba_ops.dispatch.repeat import each_time, repeatable
 from torch_mamba_ops.ops.checks import (
     FLOATING,
@@ -22,10 +23,39 @@ from torch_mamba_ops.ops.checks import (
 from torch_mamba_ops.ops.packing import check_longest, check_packing
 from torch_mamba_ops.ops.pool import check_slots
 from torch_mamba_ops.ops.tree import check_parents
+from torch_mamba_ops.tuning import preferred
 
 
 def _fake(state: Tensor, x: Tensor, *tensors: Tensor | None, **options: object) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _prefer(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state_batch_indices: Tensor | None,
+    dst_state_batch_indices: Tensor | None,
+    cu_seqlens: Tensor | None,
+    num_accepted_tokens: Tensor | None,
+    intermediate_states_buffer: Tensor | None,
+    *rest: Tensor | None,
+    **options: object,
+) -> Preference | None:
+    """What is measured is one token a sequence, whose state is written where it was read."""
+    if x.dim() != state.dim() - 1 or cu_seqlens is not None or intermediate_states_buffer is not None:
+        return None
+    if num_accepted_tokens is not None or dst_state_batch_indices is not None:
+        return None
+    heads = state.shape[1] if state.dim() == 4 else 1
+    work, (head_dim, size) = x.shape[0] * heads, state.shape[-2:]
+    return preferred("selective_state_update", work, state.device, state.dtype, P=head_dim, N=size)
 
 
 OP = Op(
@@ -37,6 +67,7 @@ OP = Op(
     fake=_fake,
     auto=("triton", "reference"),
     hints=("max_seqlen",),
+    prefer=_prefer,
 )
 
 
