@@ -9,9 +9,9 @@ conv    The causal convolution's step, likewise, with the channels (SD) or the c
         once more with a single pool ("warm"), which stays in the cache where it fits.
 eager   What a call costs the host, for one sequence: the clock around many calls that do little, without waiting.
 layer   A Mamba2 layer's step after its in-projection (convolution, state update, gated norm), of 16 layers in one
-        graph, as a model has them: ours compiled with CUDA graphs by torch.compile, and compiled but captured by hand;
-        vLLM's kernels captured by hand. Each step gets other slots; the new indices are copied into the graph's, as
-        CUDA graphs by torch.compile do themselves.
+        graph, which share nothing, lest the compiler join them: ours compiled with CUDA graphs by torch.compile, and
+        compiled but captured by hand; vLLM's kernels captured by hand. Each step gets other slots; the new indices are
+        copied into the graph's, as CUDA graphs by torch.compile do themselves.
 
 A peer that cannot be imported, fails or is wrong is left out, and the reason printed. What is wrong is measured on
 fresh inputs against our reference, as the norm of the difference over the norm. ``--dry`` needs no GPU: it builds the
@@ -407,14 +407,15 @@ def copy_rate(run: Run) -> float:
     source = torch.randn(MIB * (256 if run.quick else 1024), device=run.device)
     target = torch.empty_like(source)
     times = []
-    for _ in range(12):
+    until = time.perf_counter() + 0.3  # a device that was idle is slower by up to an eighth
+    while time.perf_counter() < until or len(times) < 20:
         began, ended = _event(), _event()
         began.record()
         target.copy_(source)
         ended.record()
         ended.synchronize()
         times.append(began.elapsed_time(ended) * 1e-3)
-    return 2 * source.nbytes / statistics.median(times[2:])
+    return 2 * source.nbytes / statistics.median(times[-10:])
 
 
 def device_times(run: Run, steps: dict[str, Step], sets: list[Arguments]) -> dict[str, float]:
@@ -546,7 +547,7 @@ def eager(run: Run) -> None:
 class Layer(torch.nn.Module):
     """What a Mamba2 layer does at each token after its in-projection, by our public functions."""
 
-    def __init__(self, shape: Shape, slots: int, device: torch.device) -> None:
+    def __init__(self, shape: Shape, sequences: int, slots: int, device: torch.device) -> None:
         super().__init__()
         self.shape = shape
         self.inner, self.shared = shape.heads * shape.head_dim, shape.groups * shape.state
@@ -564,12 +565,13 @@ class Layer(torch.nn.Module):
             "D": normal(shape.heads, dtype=F32),
             "dt_bias": torch.rand(shape.heads, device=device) - 4,
             "norm_weight": normal(self.inner),
+            "projected": normal(sequences, 2 * self.inner + 2 * self.shared + shape.heads),
         }.items():
             self.register_buffer(name, tensor)
 
-    def split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self) -> tuple[Tensor, Tensor, Tensor]:
         """The gate, what goes through the convolution, and the step size."""
-        gate, mixed, dt = projected.split([self.inner, self.inner + 2 * self.shared, self.shape.heads], -1)
+        gate, mixed, dt = self.projected.split([self.inner, self.inner + 2 * self.shared, self.shape.heads], -1)
         return gate, mixed, dt
 
     def split_mixed(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -582,9 +584,9 @@ class Layer(torch.nn.Module):
             C.unflatten(-1, groups),
         )
 
-    def forward(self, projected: Tensor, slots: Tensor) -> Tensor:
-        """[batch, inner + mixed + heads] -> [batch, inner]"""
-        gate, mixed, dt = self.split(projected)
+    def forward(self, slots: Tensor) -> Tensor:
+        """[batch, inner]"""
+        gate, mixed, dt = self.split()
         mixed = tmo.causal_conv1d_update(mixed, self.conv_state, self.conv_weight, self.conv_bias, "silu", None, slots)
         x, B, C = self.split_mixed(mixed)
         y = tmo.selective_state_update(self.ssm_state, x, dt, self.A, B, C, self.D, None, self.dt_bias, True, slots)
@@ -593,31 +595,29 @@ class Layer(torch.nn.Module):
         )
         return normed
 
-    @property
-    def width(self) -> int:
-        """Of what the in-projection gives."""
-        return 2 * self.inner + 2 * self.shared + self.shape.heads
-
 
 class Stack(torch.nn.Module):
-    """Layers that all get the same: what stands between them in a model is left out."""
+    """Layers without what stands between them in a model."""
 
     def __init__(self, layers: Iterable[Layer]) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList(layers)
 
-    def forward(self, projected: Tensor, slots: Tensor) -> list[Tensor]:
+    def forward(self, slots: Tensor) -> list[Tensor]:
         """The output of each."""
-        return [layer(projected, slots) for layer in self.layers]
+        return [layer(slots) for layer in self.layers]
 
 
-def layers_vllm(model: Stack) -> Callable[[Tensor, Tensor], list[Tensor]]:
+LayerStep = Callable[[Tensor], list[Tensor]]
+
+
+def layers_vllm(model: Stack) -> LayerStep:
     """The same steps by vLLM's kernels."""
     steps = [_layer_vllm(layer) for layer in model.layers]
-    return lambda projected, slots: [step(projected, slots) for step in steps]
+    return lambda slots: [step(slots) for step in steps]
 
 
-def _layer_vllm(layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
+def _layer_vllm(layer: Layer) -> Callable[[Tensor], Tensor]:
     """The same step by vLLM's kernels, on the same pools and parameters."""
     folder = "vllm.model_executor.layers.mamba.ops"
     update_conv = importlib.import_module(f"{folder}.causal_conv1d").causal_conv1d_update
@@ -628,8 +628,8 @@ def _layer_vllm(layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
     A = layer.A[:, None, None].expand(*channels, shape.state)
     D, dt_bias = (parameter[:, None].expand(channels) for parameter in (layer.D, layer.dt_bias))
 
-    def step(projected: Tensor, slots: Tensor) -> Tensor:
-        gate, mixed, dt = layer.split(projected)
+    def step(slots: Tensor) -> Tensor:
+        gate, mixed, dt = layer.split()
         mixed = update_conv(
             mixed, layer.conv_state, layer.conv_weight, layer.conv_bias, "silu", conv_state_indices=slots,
             null_block_id=-1, out=torch.empty_like(mixed, memory_format=torch.contiguous_format),
@@ -660,12 +660,10 @@ def layer(run: Run) -> None:
         torch._dynamo.reset()
         touched = layers * batch * shape.heads * shape.head_dim * shape.state * 2
         turns = 2 if run.dry else max(2, math.ceil(ROTATION / touched))
-        model = Stack(Layer(shape, batch * turns, run.device) for _ in range(layers))
+        model = Stack(Layer(shape, batch, batch * turns, run.device) for _ in range(layers))
         order = torch.randperm(batch * turns, device=run.device).to(torch.int32)
         slots = list(order.view(turns, batch))
-        width = model.layers[0].width
-        projected = torch.randn(batch, width, device=run.device, dtype=BF16)
-        steps = _layer_steps(run, model, projected, slots)
+        steps = _layer_steps(run, model, slots)
         times: dict[str, list[float]] = {name: [] for name in steps}
         count = 2 if run.dry else 30
         for turn in range(run.rounds + 2):
@@ -673,7 +671,7 @@ def layer(run: Run) -> None:
                 _wait(run)
                 began = time.perf_counter()
                 for i in range(count):
-                    step(projected, slots[i % turns])
+                    step(slots[i % turns])
                 _wait(run)
                 if turn >= 2 or run.dry:
                     times[name].append((time.perf_counter() - began) / count / layers * 1e6)
@@ -683,9 +681,7 @@ def layer(run: Run) -> None:
         _release(run)
 
 
-def _layer_steps(
-    run: Run, model: Stack, projected: Tensor, slots: list[Tensor]
-) -> dict[str, Callable[[Tensor, Tensor], list[Tensor]]]:
+def _layer_steps(run: Run, model: Stack, slots: list[Tensor]) -> dict[str, LayerStep]:
     """What is right of: compiled with CUDA graphs, compiled and captured by hand, vLLM's captured by hand."""
     pools_before = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("state")}
 
@@ -693,16 +689,16 @@ def _layer_steps(
         for name, tensor in pools_before.items():
             model.get_buffer(name).copy_(tensor)
 
-    def reference(projected: Tensor, slots: Tensor) -> list[Tensor]:
+    def reference(slots: Tensor) -> list[Tensor]:
         with tmo.use_backend("reference"):
-            return cast(list[Tensor], model(projected, slots))
+            return cast(list[Tensor], model(slots))
 
     if run.dry:
         return {"reference": reference}
-    candidates: dict[str, Callable[[], Callable[[Tensor, Tensor], list[Tensor]]]] = {
+    candidates: dict[str, Callable[[], LayerStep]] = {
         "ours": lambda: torch.compile(model, mode="reduce-overhead", fullgraph=True),
-        "ours-captured": lambda: _captured(torch.compile(model, fullgraph=True), projected, slots[0]),
-        "vllm": lambda: _captured(layers_vllm(model), projected, slots[0]),
+        "ours-captured": lambda: _captured(torch.compile(model, fullgraph=True), slots[0]),
+        "vllm": lambda: _captured(layers_vllm(model), slots[0]),
     }
     found = {}
     for name, prepare in candidates.items():
@@ -710,31 +706,29 @@ def _layer_steps(
             restore()
             step = prepare()
             for _ in range(3):  # compiles, warms up, captures
-                step(projected, slots[0])
+                step(slots[0])
             for turn in (slots[0], slots[1]):  # the second: other slots must be taken
                 restore()
-                given = torch.stack(step(projected, turn))
+                given = torch.stack(step(turn))
                 restore()
-                wanted = torch.stack(reference(projected, turn))
+                wanted = torch.stack(reference(turn))
                 if not (error := _error(given, wanted)) <= 2 * WORST[BF16]:
                     raise AssertionError(f"wrong: output off by {error:.1e}")
             found[name] = step
     return found
 
 
-def _captured(
-    call: Callable[[Tensor, Tensor], list[Tensor]], projected: Tensor, slots: Tensor
-) -> Callable[..., list[Tensor]]:
+def _captured(call: LayerStep, slots: Tensor) -> LayerStep:
     """Replays a CUDA graph of the call. Like torch.compile's it has its own indices, and takes the rest where it is."""
     kept = slots.clone()
     results: list[list[Tensor]] = []
 
     def once() -> None:
-        results[:] = [call(projected, kept)]
+        results[:] = [call(kept)]
 
     graph = capture(once)
 
-    def step(_: Tensor, slots: Tensor) -> list[Tensor]:
+    def step(slots: Tensor) -> list[Tensor]:
         kept.copy_(slots)
         graph.replay()
         return results[0]

@@ -1,14 +1,14 @@
 """The state space dual scan's prefill on a GPU: ours against vLLM and mamba_ssm, all in one run.
 
-    python benchmarks/prefill_ssd.py [--out prefill_ssd.csv] [--quick] [--cases NAME ...] [--sweep]
+    python benchmarks/prefill_ssd.py [--out prefill_ssd.csv] [--quick] [--cases NAME ...] [--sweep TABLE]
 
 Time of a call on the device: CUDA graphs are replayed and timed with events, contenders take turns, the median counts.
 The inputs of one call are larger than the cache. What a contender gets wrong is measured against our float32 reference,
 as the norm of the difference over the norm; one that is wrong or fails is left out, and the reason printed. vLLM's
 metadata of a packed batch is made beforehand and not timed; ours is made in the kernel.
 
-``--sweep`` times our kernel with each of many configs instead, prints them from the fastest on, and writes a table that
-``TORCH_MAMBA_OPS_CONFIGS`` takes and the shipped one is made of.
+``--sweep`` times our kernel with each of many configs instead, prints them from the fastest on, and writes those into a
+table like the shipped one, whose other entries it keeps.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import decode  # noqa: E402 - its clock, its table, its CSV
+import tune  # noqa: E402 - its way to write a table
 
 import torch_mamba_ops as tmo  # noqa: E402 - of this checkout
 from torch_mamba_ops import tuning  # noqa: E402
@@ -226,8 +227,8 @@ def _tried(problem: Problem, config: dict[str, Any]) -> str:
 
 
 def sweep(problems: Sequence[Problem], out: Path, workers: int = 12) -> None:
-    """Our kernel with every config that fits: compiled and checked by several processes, timed by this one. Writes a
-    table (see ``tuning.ladder``) with the fastest for each amount of work."""
+    """Our kernel with every config that fits: compiled and checked by several processes, timed by this one. The
+    fastest for each amount of work goes into a table (see ``tuning.ladder``)."""
     pairs = [(problem, config) for problem in problems for config in configs(problem)]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         wrong = list(pool.map(_tried, *zip(*pairs, strict=True)))
@@ -245,8 +246,9 @@ def sweep(problems: Sequence[Problem], out: Path, workers: int = 12) -> None:
         works.setdefault(problem.key, {}).setdefault(problem.sequences * problem.heads, []).append(found)
         del a
         torch.cuda.empty_cache()
-    entries = {key: _ladder(by_work) for key, by_work in works.items()}
-    out.write_text(json.dumps({OP: entries}, indent=1))
+    table = json.loads(out.read_text()) if out.exists() else {}
+    table.setdefault(OP, {}).update({key: _ladder(by_work) for key, by_work in works.items()})
+    out.write_text(tune.readable(table))
     print(f"written to {out}")
 
 
@@ -282,14 +284,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "prefill_ssd.csv")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--cases", nargs="*", default=[problem.name for problem in PROBLEMS])
+    parser.add_argument("--cases", nargs="*", help="default: the four of the results; with --sweep, all")
     parser.add_argument("--sweep", type=Path, metavar="TABLE", help="write a table of configs, <card>.json")
     options = parser.parse_args()
     run = decode.Run(options.quick, False, False)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     run.copy_rate = decode.copy_rate(run)
-    problems = [problem for problem in (*PROBLEMS, *WIDER) if problem.name in options.cases]
+    every = (*PROBLEMS, *WIDER)
+    cases = options.cases or [problem.name for problem in (every if options.sweep else PROBLEMS)]
+    problems = [problem for problem in every if problem.name in cases]
     if options.sweep:
         sweep(problems, options.sweep)
         return

@@ -160,7 +160,7 @@ def write_backends(measured: Path, out: Path) -> None:
     path = out / f"{spelled(gpu)}.json"
     table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     table["backends"] = {"made_by": f"benchmarks/tune.py --backends {measured}, of commit {commits}", **fastest(rows)}
-    path.write_text(_readable(table))
+    path.write_text(readable(table))
 
 
 PROBLEMS = {"selective_state_update": state_updates, "causal_conv1d_update": convolutions}
@@ -198,11 +198,11 @@ def main() -> None:
             decode._release(run)
         table.setdefault(problem.op, {})[problem.key] = entries
     options.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(_readable(table))
+    path.write_text(readable(table))
     path.with_suffix(".log").write_text("\n".join(log) + "\n")
 
 
-def _readable(table: dict[str, Any]) -> str:
+def readable(table: dict[str, Any]) -> str:
     """JSON with a line for each key."""
     parts = []
     for name, part in table.items():

@@ -145,20 +145,20 @@ def by_tma_as_by_pointers(device: str) -> None:
             for channels, size, steep in ((24, 16, False), (16, 24, True), (40, 40, False)):
                 arguments = drawn(lengths, device, torch.bfloat16, steep, channels, size)
                 arguments |= _among_no_numbers(arguments)
-                computed = [(7 * nth + 5) % Q for nth in range(len(lengths))]
-                arguments["num_computed_tokens"] = torch.tensor(computed, dtype=torch.int32, device=device)
-                found = []
-                for config in (TINY, TINY | {"TMA": True}):
-                    states = arguments["states"].clone()
-                    with use_config(OP, config):
-                        out = tmo.mamba_chunk_scan_combined_varlen(
-                            chunk_size=Q, dt_softplus=True, backend="triton", **arguments | {"states": states}
-                        )
-                    assert out.isfinite().all()
-                    found.append((out, states))
-                assert tma[-3:] == [False, False, True], "prepare, scan, prepare, scan"
-                for pointers, copied in zip(*found, strict=True):
-                    assert torch.equal(pointers, copied), (lengths, channels, size)
+                numbers = [(7 * nth + 5) % Q for nth in range(len(lengths))]
+                for computed in (None, torch.tensor(numbers, dtype=torch.int32, device=device)):
+                    found = []
+                    for config in (TINY, TINY | {"TMA": True}):
+                        given = arguments | {"states": arguments["states"].clone(), "num_computed_tokens": computed}
+                        with use_config(OP, config):
+                            out = tmo.mamba_chunk_scan_combined_varlen(
+                                chunk_size=Q, dt_softplus=True, backend="triton", **given
+                            )
+                        assert out.isfinite().all()
+                        found.append((out, given["states"]))
+                    assert tma[-3:] == [False, False, True], "prepare, scan, prepare, scan"
+                    for pointers, copied in zip(*found, strict=True):
+                        assert torch.equal(pointers, copied), (lengths, channels, size, computed)
     finally:
         ssd_launch.launch = launch
 

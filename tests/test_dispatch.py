@@ -69,6 +69,15 @@ def test_a_choice_for_every_operation_holds_where_there_is_such_a_backend() -> N
         assert pool[0].eq(1).all()
 
 
+def test_explain_names_who_made_the_choice_that_holds() -> None:
+    _register("mine", 2.0)
+    tmo.set_backend("rms_norm_gated", "reference")
+    with tmo.use_backend("mine"):
+        told = tmo.explain("rms_norm_gated", torch.ones(2, 4), torch.ones(4))
+    assert told.chosen == "mine" and "asked for by use_backend" in str(told)
+    assert "asked for by set_backend" in str(tmo.explain("rms_norm_gated", torch.ones(2, 4), torch.ones(4)))
+
+
 def test_a_context_is_left_when_its_block_raises() -> None:
     _register("mine", 7.0)
     with pytest.raises(RuntimeError, match="boom"), tmo.use_backend(rms_norm_gated="mine"):

@@ -96,6 +96,14 @@ def test_the_fastest_from_an_amount_of_work_on(write: Write) -> None:
     assert [_call(batch) for batch in (1, 2, 3, 4, 9)] == [REFERENCE, 1, 1, 2, 2]
 
 
+def test_the_fastest_is_taken_once_it_is_registered_without_its_reason(write: Write) -> None:
+    write([[1, "one"]])
+    _register("one", 1.0, why_not=lambda *tensors, **options: ["it is broken"])
+    assert [_call() for _ in range(3)] == [REFERENCE] * 3  # the last ones are repeated, not chosen anew
+    _register("one", 1.0)
+    assert _call() == 1
+
+
 def test_what_is_measured_of_others_says_nothing(write: Write) -> None:
     write([[1, "one"]])
     for other in ({"head_dim": 4}, {"size": 8}, {"dtype": torch.bfloat16}):

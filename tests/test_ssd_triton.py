@@ -27,6 +27,7 @@ from torch_mamba_ops.ops import ssd_launch
 
 triton = pytest.importorskip("triton")
 
+TABLES = list((Path(tuning.__file__).parent / "tables").glob("*.json"))
 EVERYWHERE = (
     "alone_as_in_a_batch",
     "in_parts_as_in_one",
@@ -57,11 +58,36 @@ def test_on_a_gpu(name: str, block_q: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_keys_configs_share_a_chunks_length() -> None:
-    tables = list((Path(tuning.__file__).parent / "tables").glob("*.json"))
-    assert tables
-    for path in tables:
+    assert TABLES
+    for path in TABLES:
         for key, entries in json.loads(path.read_text()).get(ssd_checks.OP, {}).items():
             assert len({config["BLOCK_Q"] for _, config in entries}) == 1, f"{path.name}: {key}"
+
+
+def _shipped() -> Iterator[Any]:
+    for path in TABLES:
+        for key, entries in json.loads(path.read_text()).get(ssd_checks.OP, {}).items():
+            yield pytest.param(key, [config for _, config in entries], id=f"{path.stem} {key}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("key", "configs"), list(_shipped()))
+def test_a_keys_configs_share_all_bits(
+    key: str, configs: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which one runs depends on the batch, of which a sequence's bits must not."""
+    dtype, channels, size = key.split()
+    monkeypatch.setattr(ssd_checks, "Q", configs[0]["BLOCK_Q"])
+    lengths = (1000, 64, 0, 333)
+    arguments = ssd_checks.drawn(lengths, "cuda", getattr(torch, dtype), False, int(channels[1:]), int(size[1:]))
+    pointers = configs[0] | {"TMA": False}
+    for given in (arguments, arguments | {"num_computed_tokens": None}):
+        found = []
+        for config in (pointers, *configs):
+            with tuning.use_config(ssd_checks.OP, config):
+                found.append(ssd_checks.scanned(given))
+        for config, (out, states) in zip(configs, found[1:], strict=True):
+            assert torch.equal(out, found[0][0]) and torch.equal(states, found[0][1]), config
 
 
 @pytest.mark.gpu
@@ -73,10 +99,11 @@ def test_the_same_bits_every_time() -> None:
         assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
-def _bound(arguments: dict[str, Any]) -> Any:
+def _bound(arguments: dict[str, Any], with_computed: bool = True) -> Any:
     """A call whose tensors are all that changes."""
 
     def call(x: Any, dt: Any, B: Any, C: Any, cu_seqlens: Any, states: Any, state_indices: Any, computed: Any) -> Any:
+        computed = computed if with_computed else None
         return tmo.mamba_chunk_scan_combined_varlen(
             x, dt, arguments["A"], B, C, ssd_checks.Q, cu_seqlens, D=arguments["D"], dt_softplus=True, states=states,
             state_indices=state_indices, num_computed_tokens=computed, backend="triton",
@@ -108,13 +135,14 @@ def copied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.mark.gpu
-def test_one_graph_serves_every_number_of_tokens_and_sequences(copied: None) -> None:
+@pytest.mark.parametrize("with_computed", [True, False])
+def test_one_graph_serves_every_number_of_tokens_and_sequences(copied: None, with_computed: bool) -> None:
     torch._dynamo.reset()
     compiled = None
     # No two sizes of the first are equal: torch would take them for one.
     for lengths in ((37, 40, 1, 6, 9), (5, 0, 100, 64), (300, 7, 9), (16,) * 33):
         arguments = ssd_checks.drawn(lengths, "cuda", torch.bfloat16)
-        call = _bound(arguments)
+        call = _bound(arguments, with_computed)
         if compiled is None:
             weights, compiled = call, torch.compile(call, fullgraph=True, dynamic=True)
         given = [arguments[name].clone() for name in CHANGING]
@@ -213,13 +241,18 @@ def test_a_graph_takes_tma_where_its_compiler_is_known(monkeypatch: pytest.Monke
                 assert reason.startswith(f"{name} may be at any address")
 
 
-def test_inductors_python_wrapper_serves_descriptors() -> None:
+def test_inductors_python_wrapper_serves_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
     from torch._inductor.virtualized import V
 
+    monkeypatch.delattr(CachingAutotuner, "_build_fast_launcher", raising=False)
     assert not launching.compiler_serves_descriptors()
     with V.set_fake_mode(FakeTensorMode()):
         assert launching.compiler_serves_descriptors()
+        with monkeypatch.context() as newer:  # torch 2.13
+            newer.setattr(CachingAutotuner, "_build_fast_launcher", None, raising=False)
+            assert not launching.compiler_serves_descriptors()
         with config.patch(cpp_wrapper=True):
             assert not launching.compiler_serves_descriptors()
         with V.set_aot_compilation(True):

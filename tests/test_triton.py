@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,12 +199,28 @@ def test_torch_sees_no_input_written_but_what_the_operator_writes(
     inputs = operator_arguments(op, arguments)[0]
     monkeypatch.setattr(triton.runtime.driver, "_active", Pretended())
     for made in plans(op, arguments):
-        names = _written(made)
-        assert names, "something is"
-        for name, tensor in launching.filled(made.tensors).items():
-            position = next((i for i, given in enumerate(inputs) if given is tensor), None)
-            if position is not None and name in names:
-                assert position in OPS[op].mutated, f"{made.kernel.__name__}: {name}"
+        _no_input_is_written(op, made, inputs)
+
+
+def test_torch_sees_what_descriptors_write(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+    op = "mamba_chunk_scan_combined"
+    arguments = _arguments_for(op, "bfloat16 P64 N128", "cpu")
+    inputs = operator_arguments(op, arguments)[0]
+    monkeypatch.setattr(triton.runtime.driver, "_active", Pretended())
+    with tuning.use_config(op, {"BLOCK_Q": 64, "BLOCK_P": 64, "num_warps": 4, "num_stages": 3, "TMA": True}):
+        made = list(plans(op, arguments))[-1]
+    assert made.descriptors
+    _no_input_is_written(op, made, inputs)
+    assert "out" in _written(made)
+
+
+def _no_input_is_written(op: str, made: launching.Launch, inputs: Sequence[Any]) -> None:
+    names = _written(made)
+    assert names, "something is"
+    for name, tensor in launching.filled(made.tensors).items():
+        position = next((i for i, given in enumerate(inputs) if given is tensor), None)
+        if position is not None and name in names:
+            assert position in OPS[op].mutated, f"{made.kernel.__name__}: {name}"
 
 
 def _shipped() -> Iterator[Any]:

@@ -26,6 +26,10 @@ int main(int argc, char** argv) {
     return 2;
   }
   const size_t tokens = std::stoul(argv[3]);
+  if (tokens < 1 || tokens > kRoom - kShortest) {
+    std::cerr << "TOKENS: got " << argv[3] << ", expected 1 to " << kRoom - kShortest << "\n";
+    return 2;
+  }
   c10::InferenceMode guard;
   auto began = std::chrono::steady_clock::now();
   torch::inductor::AOTIModelPackageLoader prefill(argv[1]), decode(argv[2]);

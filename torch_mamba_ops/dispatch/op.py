@@ -31,6 +31,11 @@ def operation(name: str) -> Op:
     return OPS[name]
 
 
+def _exporting() -> bool:
+    # Not is_exporting(), which is always true to Dynamo of torch 2.11.
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
+
+
 class Asked(Exception):
     """Carries the operator's arguments from a public function called with ``backend=ASK``."""
 
@@ -162,8 +167,7 @@ class Op:
 
     def preference(self, tensors: Sequence[Any], options: Mapping[str, Any]) -> Preference | None:
         """What was measured of such calls, if anything was. A program that is exported may run on another device."""
-        # Not is_exporting(), which is always true to Dynamo of torch 2.11.
-        if self.prefer is None or torch.compiler._is_exporting_flag:
+        if self.prefer is None or _exporting():
             return None
         found = self.prefer(*tensors, **options)
         if found is not None and found.backend not in self.backends:
@@ -185,6 +189,7 @@ class Op:
     def add(self, backend: Backend) -> None:
         """Makes a backend known, in place of one of the same name."""
         self.backends[backend.name] = backend
+        repeat.forget()
 
     def resolve(self, key: str) -> Backend:
         """The backend a graph names. The name counts, not the hash: a program saved before an upgrade still runs."""

@@ -83,13 +83,13 @@ def explain(op: str, /, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _explanation(op: Op, requested: str | None, tensors: tuple[Any, ...], options: dict[str, Any]) -> Explanation:
-    wanted = selection.wanted(op.name, op.backends) if requested is None else requested
+    wanted, source = selection.choice(op.name, op.backends) if requested is None else (requested, "the call")
     chosen: str | None
     preference: Preference | None = None
     try:
         preference = op.preference(tensors, options) if wanted == "auto" else None
         chosen = op.choose(wanted, tensors, options).partition("@")[0]
-        why = _automatic(op, chosen, preference) if wanted == "auto" else f"asked for by {_source(op, requested)}"
+        why = _automatic(op, chosen, preference) if wanted == "auto" else f"asked for by {source}"
     except BackendError as error:
         chosen, why = None, str(error).splitlines()[0]
     order = op.order(preference)
@@ -119,13 +119,6 @@ def _compiled(op: Op, backend: Backend, tensors: tuple[Any, ...], options: dict[
     if not reasons:
         return "a template, which takes in what follows"
     return f"traced through (no template: {'; '.join(reasons)})"
-
-
-def _source(op: Op, requested: str | None) -> str:
-    if requested is not None:
-        return "the call"
-    current = selection.current()
-    return current[op.name if op.name in current else selection.EVERY][1]
 
 
 def _automatic(op: Op, chosen: str, preference: Preference | None) -> str:

@@ -30,14 +30,19 @@ _malformed: list[str] = []
 def wanted(op: str, registered: Container[str]) -> str:
     """The name chosen for this operation, or ``"auto"``. A choice for every operation (``*``) holds for the
     operations that have a backend of that name."""
+    return choice(op, registered)[0]
+
+
+def choice(op: str, registered: Container[str]) -> tuple[str, str]:
+    """What is `wanted`, and by whom."""
     if _malformed:
         raise ValueError(_malformed[0])
-    for choices in (_context.choices, _process, _environment):
+    for choices, source in ((_context.choices, "use_backend"), (_process, "set_backend"), (_environment, VARIABLE)):
         if op in choices:
-            return choices[op]
+            return choices[op], source
         if EVERY in choices and (choices[EVERY] == "auto" or choices[EVERY] in registered):
-            return choices[EVERY]
-    return "auto"
+            return choices[EVERY], source
+    return "auto", "nobody"
 
 
 def set_backend(op: str, name: str | None) -> None:

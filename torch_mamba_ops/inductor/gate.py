@@ -27,12 +27,16 @@ def ready() -> bool:
     return reason is None
 
 
-def _why_not() -> str | None:
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+def tested() -> bool:
+    """Whether this package was run with this version of torch."""
     oldest, newest = _TESTED
-    if not oldest <= version <= newest:
-        tested = " to ".join(".".join(map(str, end)) for end in _TESTED)
-        return f"they are tested with torch {tested}, and this is {torch.__version__}"
+    return oldest <= tuple(int(part) for part in torch.__version__.split(".")[:2]) <= newest
+
+
+def _why_not() -> str | None:
+    if not tested():
+        versions = " to ".join(".".join(map(str, end)) for end in _TESTED)
+        return f"they are tested with torch {versions}, and this is {torch.__version__}"
     if importlib.util.find_spec("jinja2") is None:
         return "they need jinja2, which is not installed: pip install jinja2"
     return None

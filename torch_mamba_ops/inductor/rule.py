@@ -5,6 +5,7 @@ The rest is traced inline as before: exported programs, other compilers, and wha
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from torch_mamba_ops.dispatch.op import Lowering
 from torch_mamba_ops.ops import launch
 from torch_mamba_ops.ops.launch import INTERPRET
 
-from .gate import ready
+from .gate import ready, tested
 
 _NAME = "selective_state_update"
 _SEVERAL_TOKENS = (
@@ -74,10 +75,14 @@ def _tracing() -> bool:
 
 
 def _serves_descriptors() -> bool:
-    """Inductor's wrapper in Python allocates scratch; that in C++, before torch 2.13, as if there were one program. Of
+    """Inductor's wrapper in Python allocates scratch; that in C++, before torch 2.13, as if there were one program.
+    From torch 2.13 on, the former names an allocator in a graph's first launch alone, and threads have their own. Of
     graph inputs it checks at run time the addresses that it took to be multiples of 16 bytes, as they are by their
     offset in storage, and clones those that are not; what it allocates itself is."""
-    return _compiling() and not sys.modules["torch._inductor.config"].cpp_wrapper
+    if not _compiling() or sys.modules["torch._inductor.config"].cpp_wrapper:
+        return False
+    heuristics = importlib.import_module("torch._inductor.runtime.triton_heuristics")
+    return tested() and not hasattr(heuristics.CachingAutotuner, "_build_fast_launcher")
 
 
 def _compiling() -> bool:

@@ -60,8 +60,8 @@ def why_not_descriptors(tensors: dict[str, Tensor]) -> list[str]:
     """Why a kernel cannot make descriptors of these tensors, which are of ``[..., tokens, rows, columns]``.
 
     Addresses, and all strides but the last, have to be multiples of 16 bytes. Of a fake tensor the place in its storage
-    is known, which a compiler that serves descriptors aligns. It may place one inside another, but with the strides it
-    was traced with: a whole number of tokens from the other's beginning, if there are tokens.
+    is known, which a compiler that serves descriptors aligns. It may put an intermediate into another's buffer (that of
+    a `cat`); with its strides kept it then begins a whole number of tokens in, if it has more than one.
     """
     reasons = []
     for name, tensor in tensors.items():

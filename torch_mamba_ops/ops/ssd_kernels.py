@@ -202,8 +202,8 @@ def prepare(
 
 @triton.jit
 def add_product(added, left, right, TURNED: tl.constexpr, PRECISION: tl.constexpr):
-    """``added`` and the matrix product of the factors. ``TURNED``: as the transposed product of the other order, for
-    which it is what stands on the right that may come from registers."""
+    """``added`` and the matrix product of the factors. ``TURNED``: by the transposed factors in the other order, as a
+    matrix unit takes only its first one from registers."""
     if TURNED:
         return tl.trans(tl.dot(tl.trans(right), tl.trans(left), acc=tl.trans(added), input_precision=PRECISION))
     return tl.dot(left, right, acc=added, input_precision=PRECISION)
@@ -444,13 +444,13 @@ def scan(
     place = tl.arange(0, BLOCK_Q)
     decays += (chunk * HEADS + head) * 2 * BLOCK_Q
     scales += (chunk * HEADS + head) * 2 * BLOCK_Q
-    to_middle = scales + place
+    to_middle_at = scales + place
     totals += head * all_chunks + chunk
     scores += (chunk * (HEADS // RATIO) + group) * BLOCK_Q * BLOCK_Q
     if TMA:
         # Made at the sequence's first token: the rows before and after the sequence are read as zeros and not written.
         rows = tl.maximum(tokens, 1)
-        pair_rows = tl.cdiv(rows + offset, CHUNK) * (HEADS // RATIO * BLOCK_Q)
+        pair_rows = (tl.cdiv(rows + offset, CHUNK) - 1) * (HEADS // RATIO * BLOCK_Q) + BLOCK_Q
         x_tiles = tl.make_tensor_descriptor(x + first * x_token, [rows, head_dim], [x_token, 1], [BLOCK_Q, BLOCK_P])
         B_tiles = tl.make_tensor_descriptor(B + first * B_token, [rows, N], [B_token, 1], [BLOCK_Q, BLOCK_N])
         C_tiles = tl.make_tensor_descriptor(C + first * C_token, [rows, N], [C_token, 1], [BLOCK_Q, BLOCK_N])
@@ -483,13 +483,13 @@ def scan(
                     inside = inside & (place < CHUNK)
                 row = first + begin
                 there = inside[:, None] & in_p[None, :]
-                shared = inside[:, None] & in_n[None, :]
                 if TMA:
                     xs = x_tiles.load([begin, tl.program_id(0) * BLOCK_P])
                     Bs = B_tiles.load([begin, 0])
                     Cs = C_tiles.load([begin, 0])
                     pairs = score_tiles.load([(begin + offset) * (HEADS // RATIO), 0])
                 else:
+                    shared = inside[:, None] & in_n[None, :]
                     xs = tl.load(x + row * x_token + (place[:, None] * x_token + channel[None, :] * X_DIM), there, 0.0)
                     Bs = tl.load(B + row * B_token + (place[:, None] * B_token + n[None, :] * B_N), shared, 0.0)
                     Cs = tl.load(C + row * C_token + (place[:, None] * C_token + n[None, :] * C_N), shared, 0.0)
@@ -500,14 +500,14 @@ def scan(
                     own_carried = tl.load(seq_idx + (first + tl.maximum(begin - 1, 0)) * seq_idx_token)
                 y, state, pending = scan_chunk(
                     state, pending, xs, factor(Bs, PRODUCT, INTERPRETED), factor(Cs, PRODUCT, INTERPRETED),
-                    pairs, tl.load(to_middle), total, decays, own, own_carried, own_last,
+                    pairs, tl.load(to_middle_at), total, decays, own, own_carried, own_last,
                     ALL_MILD == 1, HAS_SEQ_IDX, PRODUCT, PRECISION, INTERPRETED, TURNED, BLOCK_Q,
                 )  # fmt: skip
                 y *= from_middle[:, None]
                 totals += 1
                 decays += 2 * HEADS * BLOCK_Q
                 scales += 2 * HEADS * BLOCK_Q
-                to_middle += 2 * HEADS * BLOCK_Q
+                to_middle_at += 2 * HEADS * BLOCK_Q
                 scores += HEADS // RATIO * BLOCK_Q * BLOCK_Q
                 if HAS_D:
                     # As one rounding, whatever the compiler does in this loop and in the other.
@@ -515,10 +515,10 @@ def scan(
                 if HAS_Z:
                     gates = z + row * z_token + (place[:, None] * z_token + channel[None, :] * Z_DIM)
                     y *= silu(tl.load(gates, there, 0.0).to(tl.float32))
-                written = out + row * OUT_TOKEN + (place[:, None] * OUT_TOKEN + channel[None, :])
-                if TMA and not HAS_COMPUTED:  # with them a chunk may begin before row 0: no instruction stores there
+                if TMA and not HAS_COMPUTED:  # else a chunk may begin before row 0, where a store by TMA traps (sm_90)
                     out_tiles.store([begin, tl.program_id(0) * BLOCK_P], y.to(out.dtype.element_ty))
                 else:
+                    written = out + row * OUT_TOKEN + (place[:, None] * OUT_TOKEN + channel[None, :])
                     tl.store(written, y.to(out.dtype.element_ty), there)
                 # A chunk ahead, as the compiler's pipeline does not take loads that no product takes, and one number is
                 # not worth its barrier; at the end, or reads of shared memory wait for them.

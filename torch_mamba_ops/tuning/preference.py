@@ -57,23 +57,32 @@ def preferred(op: str, work: Any, device: torch.device, dtype: torch.dtype, **si
 
 def read() -> None:
     """Reads all tables. What is wrong with one is raised by the first choice for its device, not by the import."""
-    _tables.clear()
-    _malformed.clear()
+    tables: dict[str, dict[str, dict[str, tuple[Levels, str]]]] = {}
+    malformed: dict[str, str] = {}
     for folder in folders():
         for path in sorted(folder.glob("*.json")):
             try:
                 found = _read(path)
             except ValueError as error:
-                _malformed[path.stem] = f"{path}: {error}"
+                malformed[path.stem] = f"{path}: {error}"
                 continue
             label = f"the shipped {path.name}" if folder == SHIPPED else str(path)
             for op, keys in found.items():
-                merged = _tables.setdefault(path.stem, {}).setdefault(op, {})
+                merged = tables.setdefault(path.stem, {}).setdefault(op, {})
                 merged.update({key: (levels, label) for key, levels in keys.items()})
+    _replace(_tables, tables)
+    _replace(_malformed, malformed)
     for target in _choosing().values():
         said = (levels for table in _tables.values() for levels, _ in table.get(target.name, {}).values())
         others = any(backend != target.auto[0] for levels in said for _, backend in levels)
         target.swayed = others or bool(_malformed)
+
+
+def _replace(kept: dict[str, Any], new: dict[str, Any]) -> None:
+    """Without a moment in which there is nothing: other threads choose meanwhile."""
+    kept.update(new)
+    for name in kept.keys() - new.keys():
+        del kept[name]
 
 
 def _below(work: Any, least: int) -> bool:

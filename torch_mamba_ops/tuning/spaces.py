@@ -52,7 +52,9 @@ def _chunk_scan(dtype: torch.dtype, sizes: dict[str, int]) -> tuple[Config, ...]
     on them, and must not depend on the batch. One stage with tiles of 64 rows has given wrong results (Triton 3.6,
     sm_90); more have not."""
     block_n = max(16, _power_of_two(sizes["N"]))
-    block_q, stages, tma = (64, (2, 3), (False, True)) if dtype is torch.bfloat16 else (32, (1, 2), (False,))
+    block_q, stages = (64, (2, 3)) if dtype is torch.bfloat16 else (32, (1, 2))
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    tma = (False, True) if dtype is torch.bfloat16 and hopper else (False,)
     return tuple(
         {"BLOCK_Q": block_q, "BLOCK_P": block_p, "BLOCK_N": block_n, "num_warps": 4, "num_stages": stage, "TMA": copied}
         for block_p, stage, copied in product((16, 32, 64), stages, tma)
