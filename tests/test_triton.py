@@ -22,6 +22,7 @@ import torch_mamba_ops as tmo
 from torch_mamba_ops import tuning
 from torch_mamba_ops.dispatch import OPS
 from torch_mamba_ops.ops import launch as launching
+from torch_mamba_ops.ops import written
 from torch_mamba_ops.testing import build, cases, check, copied
 from torch_mamba_ops.testing.check import operator_arguments
 
@@ -202,6 +203,23 @@ def test_torch_sees_no_input_written_but_what_the_operator_writes(
         _no_input_is_written(op, made, inputs)
 
 
+def test_torch_looks_at_a_kernel_once(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._higher_order_ops import triton_kernel_wrap as wrap
+
+    op = "mamba_chunk_scan_combined"
+    monkeypatch.setattr(triton.runtime.driver, "_active", Pretended())
+    name = next(name for name in written._ANALYSES if hasattr(wrap, name))
+    original = getattr(wrap, name)
+    monkeypatch.setattr(wrap, name, written.remembering(getattr(original, "__wrapped__", original)))
+    made: list[str] = []
+    generate = wrap.generate_ttir
+    monkeypatch.setattr(wrap, "generate_ttir", lambda *given: made.append(given[0].__name__) or generate(*given))
+    arguments = _arguments_for(op, "bfloat16 P64 N128", "cpu")
+    found = [[_written(launch) for launch in plans(op, arguments)] for _ in range(3)]
+    assert found[0] == found[1] == found[2]
+    assert made == ["prepare", "scan"]
+
+
 def test_torch_sees_what_descriptors_write(plans: Plans, monkeypatch: pytest.MonkeyPatch) -> None:
     op = "mamba_chunk_scan_combined"
     arguments = _arguments_for(op, "bfloat16 P64 N128", "cpu")
@@ -277,7 +295,7 @@ def _window_arguments(
     }
 
 
-@pytest.mark.parametrize(("op", "key", "config"), _shipped())
+@pytest.mark.parametrize(("op", "key", "config"), list(_shipped()))
 def test_every_shipped_config_compiles_without_spilling(
     op: str, key: str, config: dict[str, Any], plans: Plans, tmp_path: Path
 ) -> None:
@@ -290,7 +308,7 @@ def test_every_shipped_config_compiles_without_spilling(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("op", "key", "config"), _shipped())
+@pytest.mark.parametrize(("op", "key", "config"), list(_shipped()))
 def test_every_shipped_config_is_right_ten_times_over(op: str, key: str, config: dict[str, Any]) -> None:
     for seed in range(10):
         torch.manual_seed(seed)

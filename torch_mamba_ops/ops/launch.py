@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from torch_mamba_ops.dispatch import repeat
+from torch_mamba_ops.ops import written
 
 # As Triton reads it, once. The interpreter runs kernels on CPU tensors, for tests.
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -137,6 +138,7 @@ def launch(plan: Callable[..., Launch], *given: Any, result: Tensor | None = Non
 def _trace(made: Launch) -> None:
     if any(isinstance(count, int) and count == 0 for count in made.grid):
         return
+    written.remember()
     torch.library.wrap_triton(made.kernel)[made.grid](**filled(made.tensors), **made.options)
 
 
