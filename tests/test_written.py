@@ -44,8 +44,13 @@ def test_a_kernel_is_looked_at_once_for_arguments_of_a_kind() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"x": torch.empty(3).half()}, {"x": None}, {"BLOCK": 32}, {"BLOCK": 16.0}, {"size": object()}],
-    ids=str,
+    [
+        pytest.param({"x": torch.empty(3).half()}, id="dtype"),
+        pytest.param({"x": None}, id="none"),
+        pytest.param({"BLOCK": 32}, id="constant"),
+        pytest.param({"BLOCK": 16.0}, id="type"),
+        pytest.param({"size": object()}, id="symbol"),
+    ],
 )
 def test_arguments_of_another_kind_are_looked_at_again(other: dict[str, Any]) -> None:
     analysis = Analysis()
