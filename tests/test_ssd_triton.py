@@ -57,6 +57,15 @@ def test_on_a_gpu(name: str, block_q: int, monkeypatch: pytest.MonkeyPatch) -> N
         getattr(ssd_checks, name)("cuda")
 
 
+def test_a_card_without_a_table_copies_by_tma_if_it_is_of_the_generation_that_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for generation, wanted in ((8, False), (9, True), (10, False)):
+        monkeypatch.setattr(ssd_launch, "_card", lambda device, generation=generation: (232_448, generation))
+        config = ssd_launch._config(torch.bfloat16, 4, 64, 128, 1, torch.device("cpu"))
+        assert config["TMA"] is wanted
+
+
 def test_a_keys_configs_share_a_chunks_length() -> None:
     assert TABLES
     for path in TABLES:
