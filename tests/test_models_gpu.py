@@ -86,6 +86,23 @@ def test_a_static_cache_is_filled_again_after_a_reset(name: str) -> None:
     assert [tensor.data_ptr() for tensor in integration.states_of(cache).values()] == addresses
 
 
+@pytest.mark.parametrize("name", ["bamba", "nemotron_h_mlp", "falcon_mamba"])
+def test_a_prefill_that_is_told_so_is_one_graph_for_all_lengths(name: str) -> None:
+    model = small_models.build(name)
+    cache = integration.static_cache(model, 2, LENGTH)
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(_step(model), backend=counter, fullgraph=True)
+    for length in (40, 17, 61):
+        given = _ids(2, length, "cpu")[0], torch.arange(length).repeat(2, 1)
+        for tensor in given:
+            torch._dynamo.mark_dynamic(tensor, 1)
+        cache.reset()
+        got = step(given[0], cache, given[1])
+        cache.reset()
+        torch.testing.assert_close(got, _step(model)(given[0], cache, given[1]))
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("name", DECODED)
 def test_a_cache_made_of_states_goes_on_where_they_are_and_updates_them(name: str) -> None:
     model = small_models.build(name)
