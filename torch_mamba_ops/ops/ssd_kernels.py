@@ -450,7 +450,7 @@ def scan(
     if TMA:
         # Made at the sequence's first token: the rows before and after the sequence are read as zeros and not written.
         rows = tl.maximum(tokens, 1)
-        pair_rows = (tl.cdiv(rows + offset, CHUNK) - 1) * (HEADS // RATIO * BLOCK_Q) + BLOCK_Q
+        pair_rows = tl.cdiv(rows + offset, CHUNK) * (HEADS // RATIO * BLOCK_Q)
         x_tiles = tl.make_tensor_descriptor(x + first * x_token, [rows, head_dim], [x_token, 1], [BLOCK_Q, BLOCK_P])
         B_tiles = tl.make_tensor_descriptor(B + first * B_token, [rows, N], [B_token, 1], [BLOCK_Q, BLOCK_N])
         C_tiles = tl.make_tensor_descriptor(C + first * C_token, [rows, N], [C_token, 1], [BLOCK_Q, BLOCK_N])
