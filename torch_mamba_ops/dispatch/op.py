@@ -92,9 +92,9 @@ class Op:
         differentiable: the backward pass differentiates the ``reference`` backend, recomputed. Only for operators
             that mutate nothing.
         hints: options that change no result, so that a backend need not take them.
-        prefer: called with the operator's arguments without ``backend``; what was measured of such calls, or None.
-            From metadata alone. Dynamo traces it: it must guard no symbolic size, and read plain dictionaries only,
-            after whose change ``repeat.forget`` is called.
+        prefer: called with the operator's arguments by name, without ``backend``; what was measured of such calls, or
+            None. From metadata alone. Dynamo traces it: it must guard no symbolic size, and read plain dictionaries
+            only, after whose change ``repeat.forget`` is called.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Op:
         """What was measured of such calls, if anything was. A program that is exported may run on another device."""
         if self.prefer is None or _exporting():
             return None
-        found = self.prefer(*tensors, **options)
+        found = self.prefer(**self.named(tensors, options))
         if found is not None and found.backend not in self.backends:
             name = unknown("backend", found.backend, self.backends)
             raise BackendError(f"{found.table}: backends: {self.name}: {found.key}: {name}")

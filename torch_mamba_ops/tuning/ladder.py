@@ -107,10 +107,11 @@ def reread() -> None:
     version.cache_clear()
     _table.cache_clear()
     preference.read()
+    now = version()
     for op in OPS.values():
         for backend in list(op.backends.values()):
-            if version() != before and backend.key.endswith(f"-{before}"):
-                op.add(replace(backend, key=backend.key.removesuffix(before) + version()))
+            if now != before and backend.key.endswith(f"-{before}"):
+                op.add(replace(backend, key=backend.key.removesuffix(before) + now))
     forget()
 
 

@@ -31,22 +31,14 @@ def _fake(state: Tensor, x: Tensor, *tensors: Tensor | None, **options: object) 
 
 
 def _prefer(
+    *,
     state: Tensor,
     x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    state_batch_indices: Tensor | None,
     dst_state_batch_indices: Tensor | None,
     cu_seqlens: Tensor | None,
     num_accepted_tokens: Tensor | None,
     intermediate_states_buffer: Tensor | None,
-    *rest: Tensor | None,
-    **options: object,
+    **others: object,
 ) -> Preference | None:
     """What is measured is one token a sequence, whose state is written where it was read."""
     if x.dim() != state.dim() - 1 or cu_seqlens is not None or intermediate_states_buffer is not None:
