@@ -1,11 +1,16 @@
-"""The checks of several devices over NCCL: ``torchrun --nproc-per-node 2 benchmarks/distributed_nccl.py``.
+"""The checks of several devices over NCCL:
 
-Runs what tests/test_distributed.py runs over gloo, a row of the table each, and times states of an 8B model moved from
-both GPUs to one. Ends with 1 if a check fails.
+    torchrun --standalone --nproc-per-node 2 benchmarks/distributed_nccl.py [--part K/N | --time] [--out CSV]
+
+Runs what tests/test_distributed.py runs over gloo, a row of the table each, then times states of an 8B model moved from
+all GPUs to one. Ends with 1 if a check fails. Most of a run is compiling the kernels of the operators' small cases: N
+runs at once, each with a ``--part`` (0/N, 1/N, ...) of the checks and none of the timing, share that.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
 import os
 import sys
 import time
@@ -17,8 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
+import decode  # its columns of the machine and the commit
 import distributed_workers as workers
 
 from torch_mamba_ops.dispatch import OPS
@@ -35,7 +41,7 @@ def checks() -> list[tuple[str, tuple[Any, ...]]]:
     differentiable = [name for name, op in OPS.items() if op.differentiable]
     mixers = sorted(workers._SIZES)
     return [
-        *(("operators", (name, compiled)) for name in OPS for compiled in (False, True)),
+        *(("operators", (name, compiled)) for compiled in (False, True) for name in OPS),
         *(("gradients", (name,)) for name in differentiable),
         ("two_dimensions", ()),
         ("states_are_never_moved", ()),
@@ -49,8 +55,8 @@ def checks() -> list[tuple[str, tuple[Any, ...]]]:
     ]
 
 
-def reshard_bandwidth(rank: int, size: int) -> str:
-    """64 slots of four layers from all GPUs to the first."""
+def reshard_time(rank: int, size: int) -> tuple[int, float]:
+    """Bytes moved and seconds: 64 slots of four layers from all GPUs to the first."""
     slots, layers, device = 64, 4, workers.DEVICE
     part = MambaStateSpec.mamba2(128, 64, 128, groups=8, conv_dtype="bfloat16", tensor_parallel_size=size)
 
@@ -77,23 +83,35 @@ def reshard_bandwidth(rank: int, size: int) -> str:
         plan.run(**given)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    moved = plan.bytes_moved(slots, layers)
-    return f"{moved / 1e6:.0f} MB in {min(times) * 1e3:.2f} ms, {moved / min(times) / 1e9:.0f} GB/s"
+    return plan.bytes_moved(slots, layers), min(times)
 
 
 def main() -> None:
     """Runs all and prints the table on the first process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", help="K/N: the K-th of N parts of the checks, and no timing")
+    parser.add_argument("--time", action="store_true", help="no checks")
+    parser.add_argument("--out", type=Path, help="a CSV that gets the rows")
+    given = parser.parse_args()
+    part, parts = map(int, (given.part or "0/1").split("/"))
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=120))
     rank, size = dist.get_rank(), dist.get_world_size()
-    workers.DEVICE = "cuda"
+    workers.DEVICE, workers.BACKEND = "cuda", "triton"
     integration.enable()
+    rows: list[dict[str, str]] = []
+
+    def tell(check: str, of: str, seconds: float, result: str) -> None:
+        if rank == 0:
+            print(f"{check:24} {of:56} {seconds:8.3f}  {result}", flush=True)
+            rows.append({"check": check, "of": of, "seconds": f"{seconds:.4f}", "result": result.partition("\n")[0]})
+
     failed = 0
     if rank == 0:
         print(f"torch {torch.__version__}, NCCL {torch.cuda.nccl.version()}, {size} x {torch.cuda.get_device_name()}")
-        print(f"{'check':24} {'of':56} {'seconds':>7}  result")
-    for name, arguments in checks():
+        print(f"{'check':24} {'of':56} {'seconds':>8}  result")
+    for name, arguments in () if given.time else checks()[part::parts]:
         began, wrong = time.perf_counter(), ""
         try:
             getattr(workers, name)(rank, size, *arguments)
@@ -104,14 +122,20 @@ def main() -> None:
         dist.all_gather_object(told, wrong)
         found = [text for text in told if text]
         failed += bool(found)
-        if rank == 0:
-            what = " ".join(getattr(a, "kind", str(a)) for a in arguments)
-            print(f"{name:24} {what:56} {seconds:7.2f}  {'FAILED' if found else 'ok'}", flush=True)
-            print("".join(found), end="", flush=True)
-    bandwidth = reshard_bandwidth(rank, size)
+        what = " ".join(getattr(a, "kind", str(a)) for a in arguments)
+        tell(name, what, seconds, "FAILED\n" + "".join(found) if found else "ok")
+    if not given.part:
+        moved, seconds = reshard_time(rank, size)
+        what = f"{size} devices to 1, 64 slots of 4 layers of {NEMOTRON_H_8B.heads} heads"
+        tell("reshard_time", what, seconds, f"{moved / 1e6:.0f} MB, {moved / seconds / 1e9:.0f} GB/s")
     if rank == 0:
-        print(f"reshard of {size} to 1, 64 slots of 4 layers of {NEMOTRON_H_8B.heads} heads: {bandwidth}")
         print(f"{failed} failed" if failed else "all right")
+    if rank == 0 and given.out:
+        machine = {**decode._machine(device), "devices": size, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+        with given.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0], *machine, "commit"])
+            writer.writeheader()
+            writer.writerows({**row, **machine, "commit": decode._commit()} for row in rows)
     dist.destroy_process_group()
     sys.exit(bool(failed))
 
