@@ -177,6 +177,8 @@ def _rule(op: Op, cls: type, overload: Any, types: Sequence[type], args: Sequenc
             raise BackendError(f"{op.name}: backend {backend.name!r} cannot run a device's part of the call:{listed}")
         return overload(*tensors, **options, backend=key)
 
+    # torch 2.11 cannot redistribute a DTensor that requires grad without recording it: it has no rule for detach_.
+    args = [arg.detach() if isinstance(arg, DTensor) and arg.requires_grad else arg for arg in args]
     with torch.no_grad():
         return _on_parts(op, call, args, options)
 
