@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -565,6 +565,7 @@ class Layer(torch.nn.Module):
             "D": normal(shape.heads, dtype=F32),
             "dt_bias": torch.rand(shape.heads, device=device) - 4,
             "norm_weight": normal(self.inner),
+            "output": normal(sequences, shape.groups, self.inner // shape.groups),
             "projected": normal(sequences, 2 * self.inner + 2 * self.shared + shape.heads),
         }.items():
             self.register_buffer(name, tensor)
@@ -584,16 +585,17 @@ class Layer(torch.nn.Module):
             C.unflatten(-1, groups),
         )
 
-    def forward(self, slots: Tensor) -> Tensor:
-        """[batch, inner]"""
+    def forward(self, slots: Tensor) -> None:
+        """Writes the output, [batch, groups, inner / groups], where it stays: a model's layers do not return it to the
+        host either."""
         gate, mixed, dt = self.split()
         mixed = tmo.causal_conv1d_update(mixed, self.conv_state, self.conv_weight, self.conv_bias, "silu", None, slots)
         x, B, C = self.split_mixed(mixed)
         y = tmo.selective_state_update(self.ssm_state, x, dt, self.A, B, C, self.D, None, self.dt_bias, True, slots)
-        normed: Tensor = tmo.rms_norm_gated(
+        normed = tmo.rms_norm_gated(
             y.flatten(1), self.norm_weight, z=gate, group_size=self.inner // self.shape.groups, norm_before_gate=False
         )
-        return normed
+        self.output.copy_(normed.view_as(self.output))
 
 
 class Stack(torch.nn.Module):
@@ -603,32 +605,38 @@ class Stack(torch.nn.Module):
         super().__init__()
         self.layers = torch.nn.ModuleList(layers)
 
-    def forward(self, slots: Tensor) -> list[Tensor]:
-        """The output of each."""
-        return [layer(slots) for layer in self.layers]
+    def forward(self, slots: Tensor) -> None:
+        """Writes the output of each."""
+        for layer in self.layers:
+            layer(slots)
 
 
-LayerStep = Callable[[Tensor], list[Tensor]]
+LayerStep = Callable[[Tensor], None]
 
 
 def layers_vllm(model: Stack) -> LayerStep:
     """The same steps by vLLM's kernels."""
     steps = [_layer_vllm(layer) for layer in model.layers]
-    return lambda slots: [step(slots) for step in steps]
+
+    def all_steps(slots: Tensor) -> None:
+        for step in steps:
+            step(slots)
+
+    return all_steps
 
 
-def _layer_vllm(layer: Layer) -> Callable[[Tensor], Tensor]:
+def _layer_vllm(layer: Layer) -> LayerStep:
     """The same step by vLLM's kernels, on the same pools and parameters."""
     folder = "vllm.model_executor.layers.mamba.ops"
     update_conv = importlib.import_module(f"{folder}.causal_conv1d").causal_conv1d_update
     update_state = importlib.import_module(f"{folder}.mamba_ssm").selective_state_update
-    norm = importlib.import_module(f"{folder}.layernorm_gated").rms_norm_gated
+    norm = importlib.import_module(f"{folder}.layernorm_gated")._layer_norm_fwd  # what rms_norm_gated calls
     shape = layer.shape
     channels = (shape.heads, shape.head_dim)
     A = layer.A[:, None, None].expand(*channels, shape.state)
     D, dt_bias = (parameter[:, None].expand(channels) for parameter in (layer.D, layer.dt_bias))
 
-    def step(slots: Tensor) -> Tensor:
+    def step(slots: Tensor) -> None:
         gate, mixed, dt = layer.split()
         mixed = update_conv(
             mixed, layer.conv_state, layer.conv_weight, layer.conv_bias, "silu", conv_state_indices=slots,
@@ -640,14 +648,10 @@ def _layer_vllm(layer: Layer) -> Callable[[Tensor], Tensor]:
             layer.ssm_state, x, dt[:, :, None].expand(-1, *channels), A, B, C, D, dt_bias, dt_softplus=True,
             state_batch_indices=slots, null_block_id=-1, out=y,
         )  # fmt: skip
-        return norm(
-            y.flatten(1),
-            layer.norm_weight,
-            None,
-            z=gate,
-            group_size=layer.inner // shape.groups,
-            norm_before_gate=False,
-        )
+        norm(
+            y.flatten(1), layer.norm_weight, None, 1e-6, z=gate, out=layer.output.flatten(1),
+            group_size=layer.inner // shape.groups, norm_before_gate=False, is_rms_norm=True,
+        )  # fmt: skip
 
     return step
 
@@ -689,14 +693,22 @@ def _layer_steps(run: Run, model: Stack, slots: list[Tensor]) -> dict[str, Layer
         for name, tensor in pools_before.items():
             model.get_buffer(name).copy_(tensor)
 
-    def reference(slots: Tensor) -> list[Tensor]:
+    def reference(slots: Tensor) -> None:
         with tmo.use_backend("reference"):
-            return cast(list[Tensor], model(slots))
+            model(slots)
+
+    def outputs(step: LayerStep, slots: Tensor) -> Tensor:
+        restore()
+        step(slots)
+        return torch.stack([layer.output for layer in model.layers])
 
     if run.dry:
         return {"reference": reference}
     candidates: dict[str, Callable[[], LayerStep]] = {
         "ours": lambda: torch.compile(model, mode="reduce-overhead", fullgraph=True),
+        "ours-pdl": lambda: torch.compile(
+            model, options={"triton.cudagraphs": True, "triton.enable_pdl": True}, fullgraph=True
+        ),
         "ours-captured": lambda: _captured(torch.compile(model, fullgraph=True), slots[0]),
         "vllm": lambda: _captured(layers_vllm(model), slots[0]),
     }
@@ -708,11 +720,7 @@ def _layer_steps(run: Run, model: Stack, slots: list[Tensor]) -> dict[str, Layer
             for _ in range(3):  # compiles, warms up, captures
                 step(slots[0])
             for turn in (slots[0], slots[1]):  # the second: other slots must be taken
-                restore()
-                given = torch.stack(step(turn))
-                restore()
-                wanted = torch.stack(reference(turn))
-                if not (error := _error(given, wanted)) <= 2 * WORST[BF16]:
+                if not (error := _error(outputs(step, turn), outputs(reference, turn))) <= 2 * WORST[BF16]:
                     raise AssertionError(f"wrong: output off by {error:.1e}")
             found[name] = step
     return found
@@ -721,17 +729,11 @@ def _layer_steps(run: Run, model: Stack, slots: list[Tensor]) -> dict[str, Layer
 def _captured(call: LayerStep, slots: Tensor) -> LayerStep:
     """Replays a CUDA graph of the call. Like torch.compile's it has its own indices, and takes the rest where it is."""
     kept = slots.clone()
-    results: list[list[Tensor]] = []
+    graph = capture(lambda: call(kept))
 
-    def once() -> None:
-        results[:] = [call(kept)]
-
-    graph = capture(once)
-
-    def step(slots: Tensor) -> list[Tensor]:
+    def step(slots: Tensor) -> None:
         kept.copy_(slots)
         graph.replay()
-        return results[0]
 
     return step
 

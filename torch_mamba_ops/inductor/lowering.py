@@ -21,7 +21,7 @@ from torch_mamba_ops.dispatch import operation
 
 from . import candidates, flashinfer, scratch
 from .plan import Plan, as_tensor, plan
-from .rule import why_not
+from .rule import overlaps_kernels, why_not
 from .template import ALWAYS, DECODE, TENSORS
 
 _log = logging.getLogger("torch_mamba_ops.inductor")
@@ -59,6 +59,7 @@ def _template(given: Mapping[str, Any], made: Plan) -> Any:
     size = [made.sizes[0], *made.arguments["x"].shape[1:]]
     strides = ir.FlexibleLayout.contiguous_strides(size)
     layout = ir.FixedLayout(given["x"].get_device(), given["x"].get_dtype(), size, strides)
+    overlaps = overlaps_kernels()
     compare = config.max_autotune and not config.deterministic
     choices: list[Any] = []
     for candidate in candidates.configs(made) if compare else [made.config]:
@@ -68,6 +69,8 @@ def _template(given: Mapping[str, Any], made: Plan) -> Any:
             layout=layout,
             mutated_inputs=[nodes[0]],
             call_sizes=made.sizes,
+            triton_meta={"launch_pdl": True} if overlaps else None,
+            OVERLAPS=overlaps,
             **made.constants,
             **candidate,
         )

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_mamba_ops.dispatch import operation
@@ -30,6 +31,7 @@ _SEVERAL_TOKENS = (
 def install() -> None:
     """Tells the operation and the launcher, which know nothing of compilers, to ask."""
     launch.compiler_serves_descriptors = _serves_descriptors
+    launch.compiler_overlaps_kernels = overlaps_kernels
     op = operation(_NAME)
     op.lowering = Lowering(_why_not, _tracing)
     if importlib.util.find_spec("flashinfer") is not None:
@@ -83,6 +85,12 @@ def _serves_descriptors() -> bool:
         return False
     heuristics = importlib.import_module("torch._inductor.runtime.triton_heuristics")
     return tested() and not hasattr(heuristics.CachingAutotuner, "_build_fast_launcher")
+
+
+def overlaps_kernels() -> bool:
+    """As Inductor does for the kernels that it writes itself, see its ``triton.enable_pdl``."""
+    wanted = _compiling() and sys.modules["torch._inductor.config"].triton.enable_pdl
+    return bool(wanted) and torch.version.hip is None and torch.cuda.get_device_capability()[0] >= 9
 
 
 def _compiling() -> bool:

@@ -37,6 +37,7 @@ FLAGS = ("DT_SOFTPLUS", "TIED", "HAS_D", "HAS_Z", "HAS_DT_BIAS", "HAS_SLOTS", "E
 
 # As in the eager kernel: slots and sequences in 64 bits, tiles in 32, the inputs read while the slot is on its way, and
 # the output written before the state. A padded sequence does not return: what follows is computed for its zeros too.
+# Where kernels overlap, the next one may begin once this one has waited, so that all before this one are done by then.
 _ENTRY = r"""
 {% set optional = [("D", HAS_D), ("z", HAS_Z), ("dt_bias", HAS_DT_BIAS), ("read_slots", HAS_SLOTS),
                    ("write_slots", ELSEWHERE), ("rand_seed", STOCHASTIC)] %}
@@ -63,6 +64,10 @@ _ENTRY = r"""
     C += sequence * {{stride("C", 0)}} + group * C_GROUP
 {% if HAS_Z %}
     z += sequence * {{stride("z", 0)}} + head * Z_HEAD
+{% endif %}
+{% if OVERLAPS %}
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
 {% endif %}
     slot = sequence
     there = True
