@@ -10,9 +10,7 @@ import functools
 import importlib.util
 import json
 import logging
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,13 +20,29 @@ from unittest import mock
 
 import pytest
 import torch
+from inductor_code import (
+    Arguments,
+    Step,
+    alone,
+    arguments_of,
+    assert_no_spills,
+    assert_step_right,
+    code_of,
+    compile_step,
+    faked,
+    inputs_of,
+    inside_compile_fx,
+    launches,
+    made_by,
+    process,
+    recorded,
+    save_call,
+    saved_call,
+)
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from torch._functorch.aot_autograd import aot_export_module
-from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import torch_mamba_ops as tmo
 import torch_mamba_ops.inductor
@@ -36,8 +50,8 @@ from torch_mamba_ops.dispatch import OPS, Backend
 from torch_mamba_ops.inductor import gate, rule
 from torch_mamba_ops.ops.case import Case
 from torch_mamba_ops.ops.selective_state_update.cases import _Shape
-from torch_mamba_ops.testing import assert_right, build, cases, copied, truth
-from torch_mamba_ops.testing.check import GUARD, operator_arguments, poison_unused_rows
+from torch_mamba_ops.testing import build, cases, copied
+from torch_mamba_ops.testing.check import GUARD
 
 triton = pytest.importorskip("triton")
 
@@ -52,42 +66,11 @@ SHAPE = _Shape(
     batch=5, heads=8, head_dim=64, state=128, slots=40, dtype=torch.bfloat16, read=(7, 2, 5, 39, -1), gate=False
 )
 MODEL = Case("model", SHAPE)
-HERE = Path(__file__).parent
 LOGGER = "torch_mamba_ops.inductor"
-Arguments = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A decode step and what stands around it, as a function of tensors.
-
-    Attributes:
-        inputs: what the function is called with.
-        arrange: makes the public function's arguments of them.
-        after: makes the result of the step's output and of the inputs.
-    """
-
-    inputs: tuple[Tensor, ...]
-    arrange: Callable[..., Arguments]
-    after: Callable[..., Tensor] = lambda y, *_: y
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        arguments = {"backend": "triton"} | self.arrange(*inputs)
-        return self.after(tmo.selective_state_update(**arguments), *inputs)
-
-
-def _arguments(case: Case, device: str) -> Arguments:
-    """Its tensors as the operator gets them: what was expanded is one value a head."""
-    arguments = build(case, device)
-    tensors = dict(zip(OPS[SSU].tensors, operator_arguments(SSU, arguments)[0], strict=True))
-    return arguments | {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def _alone(case: Case, device: str = "cpu", **options: Any) -> Step:
-    arguments = _arguments(case, device) | options
-    names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
-    inputs = tuple(arguments[name] for name in names)
-    return Step(inputs, lambda *given: arguments | dict(zip(names, given, strict=True)))
+    return alone(SSU, case, device, **options)
 
 
 def _followed(case: Case, device: str = "cpu") -> Step:
@@ -103,7 +86,7 @@ def _followed(case: Case, device: str = "cpu") -> Step:
 
 def _views(case: Case, device: str = "cpu") -> Step:
     """One layer of a pool of all layers; x, B and C are parts of one tensor, as a convolution leaves them."""
-    arguments = _arguments(case, device)
+    arguments = arguments_of(SSU, case, device)
     state, *parts = (arguments[name] for name in ("state", "x", "B", "C"))
     shapes = [part.shape for part in parts]
     pool = torch.full((3, *state.shape), GUARD, dtype=state.dtype, device=device)
@@ -134,17 +117,6 @@ def _seeded(device: str) -> Step:
     return _alone(SMALL["float16_state"], device, rand_seed=torch.tensor([-12345678901234], device=device))
 
 
-def _right(step: Step, run: Callable[..., Tensor]) -> None:
-    """Runs a step in some way and compares its result, and the state it leaves, with the equations."""
-    inputs = tuple(copied(dict(enumerate(step.inputs))).values())
-    given, exact = step.arrange(*inputs), tuple(tensor.double() for tensor in step.inputs)
-    expected = truth(SSU, step.arrange(*step.inputs))
-    expected = replace(expected, outputs=(step.after(expected.outputs[0], *exact),))
-    if any(given["state"] is tensor for tensor in inputs):
-        poison_unused_rows(given, expected, SSU)
-    assert_right(SSU, given, run(*inputs), expected)
-
-
 def _same_bits(step: Step, run: Callable[..., Tensor], device: str) -> None:
     """Likewise, with the kernel that eager mode starts, for states that are rounded stochastically."""
     inputs, others = (tuple(copied(dict(enumerate(step.inputs))).values()) for _ in range(2))
@@ -155,20 +127,6 @@ def _same_bits(step: Step, run: Callable[..., Tensor], device: str) -> None:
     assert float((state != other).float().mean()) <= (1e-3 if device == "cuda" else 0)
 
 
-def _process(program: str, **environment: str) -> list[str]:
-    """The lines that a Python process prints, in which this module can be imported."""
-    path = os.pathsep.join([str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path} | environment
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-def _faked(step: Step) -> tuple[Tensor, ...]:
-    """Its inputs, on a GPU that need not be there."""
-    return tuple(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") for t in step.inputs)
-
-
 # --- which calls stay in the graph ---
 
 
@@ -176,47 +134,25 @@ def test_importing_it_loads_no_compiler() -> None:
     program = (
         "import sys, torch_mamba_ops.inductor; print([m for m in ('torch._inductor', 'triton') if m in sys.modules])"
     )
-    assert _process(program) == ["[]"]
+    assert process(program) == ["[]"]
 
 
-@contextlib.contextmanager
-def _inside_compile_fx(mode: FakeTensorMode, ahead_of_time: bool = False) -> Iterator[None]:
-    from torch._inductor.virtualized import V
-
-    with V.set_fake_mode(mode), V.set_aot_compilation(ahead_of_time):
-        yield
-
-
-def _recorded(name: str, inside: Callable[[FakeTensorMode], Any] = _inside_compile_fx) -> set[str]:
-    """What AOTAutograd records of a case on a GPU: the operator, or the kernel."""
-    step = _alone(SMALL[name])
-
-    class Call(torch.nn.Module):
-        def forward(self, *inputs: Tensor) -> tuple[Tensor]:
-            return (step(*inputs),)
-
-    with FakeTensorMode() as mode, inside(mode):
-        graph, _ = aot_export_module(Call(), list(_faked(step)), trace_joint=False)
-    found = " ".join(str(part) for node in graph.graph.nodes for part in (node.target, *node.args))
-    return {kind for kind in (f"torch_mamba_ops.{SSU}", "triton_kernel_wrapper") if kind in found}
-
-
-OPERATOR, KERNEL = {f"torch_mamba_ops.{SSU}"}, {"triton_kernel_wrapper"}
+OPERATOR, KERNEL = "torch_mamba_ops", "triton_kernel_wrapper"
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_one_token_stays_an_operator_for_inductor_and_the_rest_is_inlined(name: str) -> None:
-    assert _recorded(name) == (OPERATOR if name in COVERED else KERNEL)
+    assert recorded(_alone(SMALL[name])) == (OPERATOR if name in COVERED else KERNEL)
 
 
 def test_other_compilers_and_packages_get_the_kernel() -> None:
-    assert _recorded("mamba2", lambda mode: contextlib.nullcontext()) == KERNEL
-    assert _recorded("mamba2", lambda mode: _inside_compile_fx(mode, ahead_of_time=True)) == KERNEL
+    assert recorded(_alone(SMALL["mamba2"]), lambda mode: contextlib.nullcontext()) == KERNEL
+    assert recorded(_alone(SMALL["mamba2"]), lambda mode: inside_compile_fx(mode, ahead_of_time=True)) == KERNEL
 
 
 def test_every_reason_against_the_template_is_told() -> None:
     given = dict.fromkeys(OPS[SSU].arguments) | build(SMALL["packed_accepted"])
-    told = rule.why_not("mine", given)
+    told = rule.RULES[SSU]("mine", given)
     for word in ("mine", "on cpu", "cu_seqlens", "num_accepted_tokens", "dst_state_batch_indices has columns"):
         assert sum(word in reason for reason in told) == 1, (word, told)
     assert len(told) == 6
@@ -225,7 +161,7 @@ def test_every_reason_against_the_template_is_told() -> None:
 def test_explain_tells_what_becomes_of_a_call() -> None:
     step = _alone(SMALL["mamba2"])
     with FakeTensorMode():
-        told = str(tmo.explain(SSU, **step.arrange(*_faked(step))))
+        told = str(tmo.explain(SSU, **step.arrange(*faked(step))))
     assert told.endswith("under torch.compile: a template, which takes in what follows")
     compiled = tmo.explain(SSU, **build(SMALL["packed"])).compiled
     assert compiled is not None and "without cu_seqlens" in compiled and "reference" in compiled
@@ -239,7 +175,7 @@ def test_graphs_that_may_call_flashinfer_are_other_graphs(installed: bool) -> No
         "importlib.util.find_spec = lambda name, *more: there if name == 'flashinfer' else find(name, *more)\n"
         f"import torch_mamba_ops as tmo, torch_mamba_ops.inductor; print(tmo.backends({SSU!r})['triton'].key)"
     )
-    (key,) = _process(program)
+    (key,) = process(program)
     assert key.startswith("triton@") and ("flashinfer" in key) == installed
 
 
@@ -253,7 +189,7 @@ def test_on_another_torch_the_kernel_is_inlined_and_the_reason_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(gate, "_TESTED", ((2, 3), (2, 4)))
-    assert _recorded("mamba2") == _recorded("mamba1") == KERNEL
+    assert recorded(_alone(SMALL["mamba2"])) == recorded(_alone(SMALL["mamba1"])) == KERNEL
     (told,) = (record.getMessage() for record in caplog.records if record.name == LOGGER)
     assert "tested with torch 2.3 to 2.4" in told and torch.__version__ in told
 
@@ -263,83 +199,11 @@ def test_where_inductor_lacks_a_name_the_kernel_is_inlined(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch_mamba_ops.inductor.lowering", None)  # importing it fails
-    assert _recorded("mamba2") == KERNEL
+    assert recorded(_alone(SMALL["mamba2"])) == KERNEL
     assert "lacks what they are made of" in caplog.text
 
 
 # --- the code that they become ---
-
-
-class _PretendedDriver:
-    def get_current_target(self) -> Any:
-        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-
-@contextlib.contextmanager
-def _pretended_gpu() -> Iterator[None]:
-    from torch._inductor.runtime.hints import DeviceProperties
-
-    properties = DeviceProperties("cuda", 0, 132, 90, 9, 65536, 2048, warp_size=32)
-    with contextlib.ExitStack() as stack:
-        for patch in (
-            mock.patch.object(triton.runtime.driver, "_active", _PretendedDriver()),
-            mock.patch.object(DeviceProperties, "create", lambda *_: properties),
-            mock.patch("torch.cuda.get_device_properties", lambda *_: properties),
-            mock.patch("torch.cuda.get_device_capability", lambda *_: (9, 0)),
-            mock.patch("torch._inductor.scheduler.has_triton", lambda *_: True),
-        ):
-            stack.enter_context(patch)
-        yield
-
-
-def _written(step: Step) -> str:
-    """The code that Inductor writes for a step on a GPU."""
-    from torch._inductor.debug import DebugContext
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.graph import GraphLowering
-    from torch._inductor.virtualized import V
-
-    with FakeTensorMode() as mode, _pretended_gpu():
-        inputs = _faked(step)
-        assert gate.ready()
-        graph = GraphLowering(make_fx(step, select_decomp_table())(*inputs), shape_env=mode.shape_env)
-        with V.set_graph_handler(graph), V.set_fake_mode(mode), DebugContext():
-            graph.run(*inputs)
-            code = graph.codegen()[0]
-    return code if isinstance(code, str) else code.value
-
-
-def _launches(code: str) -> list[tuple[str, list[str]]]:
-    """Each kernel that the code starts, with its arguments."""
-    return [(name, given.split(", ")) for name, given in re.findall(r"(triton_\w+)\.run\((.*), stream=", code)]
-
-
-def _inputs(code: str) -> list[str]:
-    found = re.search(r"^ +(.*) = args$", code, re.MULTILINE)
-    assert found is not None
-    return found[1].split(", ")
-
-
-def _made(code: str) -> list[str]:
-    """The sizes of the tensors that the code makes."""
-    return re.findall(r"= empty_strided_cuda\((\([\w, ]+\))", code)
-
-
-def _kernel(code: str, name: str) -> str:
-    return code[code.index(f"async_compile.triton('{name}', '''") :].split("'''")[1]
-
-
-def _imported(source: str, path: Path) -> Any:
-    """The module of a kernel, without Inductor's launcher around it."""
-    path.write_text(re.sub(r"@triton_heuristics\.template\(.*?\n\)\n", "", source, count=1, flags=re.DOTALL))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _gated(step: Step, shape: Callable[[Tensor], Tensor] = lambda y: y) -> Step:
@@ -352,48 +216,31 @@ def _gated(step: Step, shape: Callable[[Tensor], Tensor] = lambda y: y) -> Step:
 
 def test_what_follows_is_in_the_kernel_and_the_state_stays_where_it_is() -> None:
     step = _gated(_alone(MODEL))
-    code = _written(step)
-    ((name, given),) = _launches(code)
-    assert name.startswith("triton_tem_fused") and set(_inputs(code)) <= set(given)
-    assert given[0] == _inputs(code)[0], "the pool itself"
-    assert _made(code) == ["(5, 8, 64)"], "and nothing but the result is made"
+    code = code_of(step)
+    ((name, given),) = launches(code)
+    assert name.startswith("triton_tem_fused") and set(inputs_of(code)) <= set(given)
+    assert given[0] == inputs_of(code)[0], "the pool itself"
+    assert made_by(code) == ["(5, 8, 64)"], "and nothing but the result is made"
 
 
 @pytest.mark.skipif(
     torch.__version__.startswith("2.11"), reason="Inductor of torch 2.11 does not fuse through a view of the output"
 )
 def test_what_follows_a_view_of_the_output_is_in_the_kernel() -> None:
-    code = _written(_gated(_alone(MODEL), lambda y: y.flatten(1)))
-    assert len(_launches(code)) == 1 and _made(code) == ["(5, 512)"]
+    code = code_of(_gated(_alone(MODEL), lambda y: y.flatten(1)))
+    assert len(launches(code)) == 1 and made_by(code) == ["(5, 512)"]
 
 
 def test_views_are_read_and_written_where_they_are() -> None:
-    code = _written(_views(MODEL))
-    ((_, given),) = _launches(code)
-    assert given[:2] == _inputs(code)[:2] and _made(code) == ["(5, 8, 64)"]
+    code = code_of(_views(MODEL))
+    ((_, given),) = launches(code)
+    assert given[:2] == inputs_of(code)[:2] and made_by(code) == ["(5, 8, 64)"]
 
 
 @pytest.mark.parametrize("name", [case.name for case in cases(SSU, "model")])
 def test_models_kernels_compile_without_spilling(name: str, tmp_path: Path) -> None:
     (case,) = (case for case in cases(SSU, "model") if case.name == name)
-    code = _written(_followed(case))
-    ((kernel, _),) = _launches(code)
-    source = _kernel(code, kernel)
-    meta = eval(re.search(r"^triton_meta=(.*),$", source, re.MULTILINE)[1], {"DeviceProperties": dict})  # type: ignore[index]
-    warps = int(re.search(r"^num_warps=(\d+)", source, re.MULTILINE)[1])  # type: ignore[index]
-    function = getattr(_imported(source, tmp_path / f"{name}.py"), kernel)
-    for capability in (80, 90, 100):
-        compiled = triton.compile(
-            triton.compiler.ASTSource(function, meta["signature"], {}, meta["configs"][0]),
-            target=triton.backends.compiler.GPUTarget("cuda", capability, 32),
-            options={"num_warps": warps},
-        )
-        (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        command = [str(tool), "-res-usage", str(tmp_path / "kernel.cubin")]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        # falcon_h1_7b: two numbers, for which one more program fits on a multiprocessor.
-        assert re.search(r"STACK:[08] ", usage) and "LOCAL:0 " in usage, usage
+    assert_no_spills(code_of(_followed(case)), tmp_path)
 
 
 # --- the choice ---
@@ -402,7 +249,7 @@ def test_models_kernels_compile_without_spilling(name: str, tmp_path: Path) -> N
 def test_without_autotuning_there_is_one_config_and_it_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     refuse = mock.patch("torch_mamba_ops.inductor.lowering.autotune_select_algorithm", side_effect=AssertionError)
     with caplog.at_level(logging.INFO, LOGGER), refuse:
-        _written(_alone(MODEL))
+        code_of(_alone(MODEL))
     (told,) = (record.getMessage() for record in caplog.records if record.name == LOGGER)
     assert "state torch.float32 (40, 8, 64, 128)" in told and "BLOCK_P=32" in told and "num_warps=4" in told
 
@@ -433,13 +280,13 @@ def test_flashinfer_is_a_choice_of_max_autotune_and_called_as_the_operator() -> 
 
     step = _alone(MODEL)
     with _autotuning(last), _flashinfer(lambda *_, **__: None):
-        code = _written(replace(step, after=lambda y, *_: y * 2))
+        code = code_of(replace(step, after=lambda y, *_: y * 2))
     assert len({choice.description for choice in offered}) == len(offered) > 4, "each config once"
     called = re.findall(
         r"= torch\.ops\.torch_mamba_ops\.selective_state_update\.default\((\w+), .*backend='(.*?)'", code
     )
-    assert called == [(_inputs(code)[0], "flashinfer@1")]
-    ((name, _),) = _launches(code)
+    assert called == [(inputs_of(code)[0], "flashinfer@1")]
+    ((name, _),) = launches(code)
     assert name.startswith("triton_poi"), "what follows it, no template and no copies"
 
 
@@ -479,7 +326,7 @@ def test_scratch_states_are_as_many_as_sequences_and_slots_are_among_them() -> N
 
 def test_without_memory_to_tune_on_the_step_is_compiled_untuned(caplog: pytest.LogCaptureFixture) -> None:
     with _autotuning(mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))):
-        code = _written(_alone(MODEL))
+        code = code_of(_alone(MODEL))
     assert "triton_tem" in code and "not tuned, no memory" in caplog.text
 
 
@@ -487,9 +334,9 @@ def test_other_backends_are_called_as_ever() -> None:
     """The operator's lowering is asked about each backend that the compiler does not see into."""
     step = _alone(MODEL, backend="flashinfer")
     with _flashinfer(lambda *_, **__: None):
-        code = _written(replace(step, after=lambda y, *_: y * 2))
+        code = code_of(replace(step, after=lambda y, *_: y * 2))
     assert "selective_state_update.default(" in code and "backend='flashinfer@1'" in code
-    assert len(_launches(code)) == 1 and "selective_state_update" not in _launches(code)[0][0]
+    assert len(launches(code)) == 1 and "selective_state_update" not in launches(code)[0][0]
 
 
 # --- that they compute the same, in the interpreter ---
@@ -498,40 +345,19 @@ def test_other_backends_are_called_as_ever() -> None:
 def _run_written(folder: str) -> None:
     """Runs what `test_the_interpreter...` left in a folder, in a process whose Triton interprets."""
     for path in sorted(Path(folder).glob("*.json")):
-        call = json.loads(path.read_text())
-        kernel = getattr(_imported(call["source"], path.with_suffix(".py")), call["kernel"])
-
-        def run(*inputs: Tensor, call: Any = call, kernel: Any = kernel) -> Tensor:
-            result = torch.full(call["shape"], torch.nan, dtype=getattr(torch, call["dtype"]))
-            kernel[tuple(call["grid"])](*(result if place is None else inputs[place] for place in call["arguments"]))
-            return result
-
         if path.stem == "seeded":
-            _same_bits(_seeded("cpu"), run, "cpu")
+            _same_bits(_seeded("cpu"), saved_call(path), "cpu")
         else:
-            _right(STEPS[path.stem]("cpu"), run)
+            assert_step_right(STEPS[path.stem]("cpu"), saved_call(path))
         print(path.stem)
 
 
 def test_the_interpreter_agrees_with_the_equations(tmp_path: Path) -> None:
     steps = STEPS | {"seeded": _seeded}
     for name, make in steps.items():
-        step = make("cpu")
-        code = _written(step)
-        ((kernel, given),) = _launches(code)
-        inputs = _inputs(code)
-        x = step.arrange(*step.inputs)["x"]
-        call = {
-            "kernel": kernel,
-            "source": _kernel(code, kernel),
-            "arguments": [inputs.index(each) if each in inputs else None for each in given[:-3]],
-            "grid": [int(count) for count in given[-3:]],
-            "shape": list(x.shape),
-            "dtype": str(x.dtype).removeprefix("torch."),
-        }
-        (tmp_path / f"{name}.json").write_text(json.dumps(call))
+        save_call(make("cpu"), tmp_path / f"{name}.json")
     program = f"import test_inductor; test_inductor._run_written({str(tmp_path)!r})"
-    assert sorted(_process(program, TRITON_INTERPRET="1")) == sorted(steps)
+    assert sorted(process(program, TRITON_INTERPRET="1")) == sorted(steps)
 
 
 # --- on a GPU ---
@@ -547,21 +373,6 @@ def _nothing_compiled() -> Iterator[None]:
         yield
 
 
-def _compiled(step: Step, **options: Any) -> tuple[Callable[..., Tensor], list[str]]:
-    """The step compiled as one graph, and the code of its first call."""
-    codes: list[str] = []
-    function = torch.compile(lambda *inputs: step(*inputs), fullgraph=True, **options)
-
-    def run(*inputs: Tensor) -> Tensor:
-        if codes:
-            return function(*inputs)
-        result, found = run_and_get_code(function, *inputs)
-        codes.extend(found)
-        return result
-
-    return run, codes
-
-
 def _model(state: torch.dtype = torch.float32, **changed: Any) -> Case:
     shape = replace(SHAPE, state_dtype=state, **changed)
     slots = torch.randperm(shape.slots, generator=torch.Generator().manual_seed(0))[: shape.batch - 1]
@@ -572,31 +383,33 @@ def _model(state: torch.dtype = torch.float32, **changed: Any) -> Case:
 @pytest.mark.parametrize("name", STEPS)
 def test_a_gpu_agrees_with_the_equations(name: str) -> None:
     step = STEPS[name]("cuda")
-    run, codes = _compiled(step)
-    _right(step, run)
-    ((kernel, _),) = _launches(codes[0])
+    run, codes = compile_step(step)
+    assert_step_right(step, run)
+    ((kernel, _),) = launches(codes[0])
     assert kernel.startswith("triton_tem")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("around", [_alone, _followed, _views], ids=lambda around: around.__name__[1:])
+@pytest.mark.parametrize(
+    "around", [functools.partial(alone, SSU), _followed, _views], ids=["alone", "followed", "views"]
+)
 def test_a_gpu_agrees_with_the_equations_at_a_models_size(state: torch.dtype, around: Callable[..., Step]) -> None:
     step = around(_model(state), "cuda")
-    _right(step, _compiled(step)[0])
+    assert_step_right(step, compile_step(step)[0])
 
 
 @pytest.mark.gpu
 def test_a_gpu_rounds_to_the_same_bits_as_in_eager_mode() -> None:
     step = _seeded("cuda")
-    _same_bits(step, _compiled(step)[0], "cuda")
+    _same_bits(step, compile_step(step)[0], "cuda")
 
 
 @pytest.mark.gpu
 def test_a_gpu_runs_one_kernel_on_the_state_itself() -> None:
     step = _gated(_alone(_model(slots=1000), "cuda"))
     state = step.inputs[0]
-    run, codes = _compiled(step)
+    run, codes = compile_step(step)
     address, bytes_of_state = state.data_ptr(), state.numel() * state.element_size()
     run(*step.inputs)
     torch.cuda.synchronize()
@@ -606,7 +419,7 @@ def test_a_gpu_runs_one_kernel_on_the_state_itself() -> None:
     assert torch.cuda.max_memory_allocated() - before < bytes_of_state / 100, "no second state, not even for a moment"
     assert state.data_ptr() == address
     code = codes[0].partition("def call(")[2]
-    assert len(_launches(code)) == 1 and _made(code) == ["(5, 8, 64)"]
+    assert len(launches(code)) == 1 and made_by(code) == ["(5, 8, 64)"]
     assert "extern_kernels." not in code and "torch.ops." not in code
 
 
@@ -636,7 +449,7 @@ def test_a_gpu_runs_every_batch_without_recompiling() -> None:
                     torch._dynamo.mark_dynamic(tensor, 0)
             return function(*inputs)
 
-        _right(_followed(_model(batch=batch, slots=100), "cuda"), run)
+        assert_step_right(_followed(_model(batch=batch, slots=100), "cuda"), run)
     assert counter.frame_count == 1
 
 
@@ -684,7 +497,9 @@ def test_a_gpu_tunes_on_scratch_states(caplog: pytest.LogCaptureFixture) -> None
     step = _followed(_model(torch.bfloat16), "cuda")
     spied = mock.patch.object(lowering, "autotune_select_algorithm", asking)
     with spied, caplog.at_level(logging.INFO, LOGGER):
-        _right(step, _compiled(step, options={"max_autotune": True})[0])  # one step, however many were timed
+        assert_step_right(
+            step, compile_step(step, options={"max_autotune": True})[0]
+        )  # one step, however many were timed
     (told,) = (record.getMessage() for record in caplog.records if record.name == LOGGER)
     assert len(asked) == 1 and asked[0] > 4 and f"the fastest of {asked[0]}" in told
     assert counters["inductor"]["select_algorithm_autotune"] == 1, "they were timed"
@@ -707,12 +522,12 @@ def test_a_gpu_runs_flashinfer_where_it_wins() -> None:
     choose, tune = lowering.autotune_select_algorithm, lowering.AlgorithmSelectorCache.do_autotuning
     step = _alone(_model(torch.bfloat16, skip="head", bias=False), "cuda")
     step = replace(step, after=lambda y, *_: y * 2)
-    run, codes = _compiled(step, options={"max_autotune": True})
+    run, codes = compile_step(step, options={"max_autotune": True})
     with (
         mock.patch.object(lowering, "autotune_select_algorithm", two),
         mock.patch.object(lowering.AlgorithmSelectorCache, "do_autotuning", timed),
     ):
-        _right(step, run)
+        assert_step_right(step, run)
     assert len(offered) == 1 and "backend='flashinfer@" in codes[0]
 
 
@@ -721,7 +536,7 @@ import json, torch, test_inductor
 from torch._dynamo.utils import counters
 step = test_inductor._followed(test_inductor._model(), "cuda")
 with torch.no_grad():
-    test_inductor._right(step, torch.compile(lambda *inputs: step(*inputs), fullgraph=True))
+    test_inductor.assert_step_right(step, torch.compile(lambda *inputs: step(*inputs), fullgraph=True))
 print(json.dumps({**counters["inductor"], **counters["aot_autograd"]}))
 """
 
@@ -729,6 +544,6 @@ print(json.dumps({**counters["inductor"], **counters["aot_autograd"]}))
 @pytest.mark.gpu
 def test_another_process_loads_the_compiled_step(tmp_path: Path) -> None:
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
-    told = [json.loads(_process(CACHED, **environment)[-1]) for _ in range(2)]
+    told = [json.loads(process(CACHED, **environment)[-1]) for _ in range(2)]
     hits = [counted.get("autograd_cache_hit", 0) + counted.get("fxgraph_cache_hit", 0) for counted in told]
     assert hits[0] == 0 < hits[1] and not told[1].get("fxgraph_cache_miss", 0)

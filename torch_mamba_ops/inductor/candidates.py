@@ -16,7 +16,7 @@ _THREAD_HOLDS = range(4, 129)  # numbers of a state: fewer leave it idle, more d
 
 def configs(made: Plan) -> list[dict[str, Any]]:
     """Every config once, the eager kernel's own first."""
-    state, (_, _, head_dim) = made.arguments["state"], made.sizes
+    state, (_, _, head_dim) = made.state, made.sizes
     key = key_of(state.dtype, P=head_dim, N=state.shape[-1])
     ladder = [configs_for("selective_state_update", key, work, state.device) for work in _WORKS]
     found = [made.config]

@@ -1,9 +1,11 @@
-"""What Inductor makes of the operator: a template if that covers the call, else a call of the operator."""
+"""What Inductor makes of a decode operator: a template if that covers the call, else a call of the operator."""
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -15,55 +17,91 @@ from torch._inductor.lowering import (
     fallback_handler,
     register_lowering,
 )
-from torch._inductor.select_algorithm import AlgorithmSelectorCache, autotune_select_algorithm
+from torch._inductor.select_algorithm import AlgorithmSelectorCache, TritonTemplate, autotune_select_algorithm
 
 from torch_mamba_ops.dispatch import operation
+from torch_mamba_ops.dispatch.op import Op
 
-from . import candidates, flashinfer, scratch
+from . import candidates, conv_template, flashinfer, scratch, template
 from .plan import Plan, as_tensor, plan
-from .rule import overlaps_kernels, why_not
-from .template import ALWAYS, DECODE, TENSORS
+from .rule import RULES, overlaps_kernels
 
 _log = logging.getLogger("torch_mamba_ops.inductor")
-_OP = operation("selective_state_update")
 # torch 2.11 has to be asked for the choice beside the result.
 _ASK = {"return_choice": True} if "return_choice" in signature(AlgorithmSelectorCache.__call__).parameters else {}
 
 
+@dataclass(frozen=True)
+class _Step:
+    """An operator that becomes a template.
+
+    Attributes:
+        op: the operator.
+        template: Inductor's.
+        tensors: the template's tensors by the operator's, the state first.
+        always: those that no call lacks.
+        plan: makes the `Plan` of a call.
+        configs: those that ``max_autotune`` compares, the eager kernel's first; None: it has nothing to compare.
+        others: appends choices that are no templates.
+    """
+
+    op: Op
+    template: TritonTemplate
+    tensors: Mapping[str, str]
+    always: Sequence[str]
+    plan: Callable[[Mapping[str, Any], Mapping[str, Any]], Plan]
+    configs: Callable[[Plan], Sequence[dict[str, Any]]] | None = None
+    others: Callable[..., None] | None = None
+
+
+STEPS = (
+    _Step(
+        operation("selective_state_update"), template.DECODE, template.TENSORS, template.ALWAYS, plan,
+        candidates.configs, flashinfer.append_choice,
+    ),
+    _Step(
+        operation("causal_conv1d_update"), conv_template.CONVOLVE, conv_template.TENSORS, conv_template.ALWAYS,
+        conv_template.plan,
+    ),
+)  # fmt: skip
+
+
 def register() -> None:
-    """Makes `lower` the operator's lowering; inputs keep the strides they were traced with, as without a lowering."""
-    add_layout_constraint(_OP.overload, constrain_to_fake_tensors)
-    register_lowering(_OP.overload, type_promotion_kind=None)(lower)
+    """Makes `lower` the operators' lowering; inputs keep the strides they were traced with, as without a lowering."""
+    for step in STEPS:
+        add_layout_constraint(step.op.overload, constrain_to_fake_tensors)
+        register_lowering(step.op.overload, type_promotion_kind=None)(functools.partial(lower, step))
 
 
-def lower(*tensors: Any, **options: Any) -> Any:
-    """Takes the operator's arguments, with tensors in Inductor's representation; ``state`` is mutated."""
-    given = dict(zip(_OP.tensors, tensors, strict=False)) | options  # a graph may name tensors, too
-    backend = _OP.resolve(given["backend"]).name
+def lower(step: _Step, *tensors: Any, **options: Any) -> Any:
+    """Takes the operator's arguments, with tensors in Inductor's representation; the state is mutated."""
+    names = step.op.tensors
+    given = dict(zip(names, tensors, strict=False)) | options  # a graph may name tensors, too
+    backend = step.op.resolve(given["backend"]).name
     if backend == "triton":
-        given |= {name: _realized(given[name]) for name in _OP.tensors if given[name] is not None}
-        arguments = given | {name: as_tensor(given[name]) for name in _OP.tensors if given[name] is not None}
-        if not why_not(backend, arguments):
-            return _template(given, plan(given, arguments))
-    return _call(given)
+        given |= {name: _realized(given[name]) for name in names if given[name] is not None}
+        arguments = given | {name: as_tensor(given[name]) for name in names if given[name] is not None}
+        if not RULES[step.op.name](backend, arguments):
+            return _template(step, given, step.plan(given, arguments))
+    return _call(step, given)
 
 
-def _call(given: Mapping[str, Any]) -> Any:
-    call = fallback_handler(_OP.overload, add_to_fallback_set=False)
-    return call(*map(given.get, _OP.tensors), **{name: given[name] for name in (*_OP.options, "backend")})
+def _call(step: _Step, given: Mapping[str, Any]) -> Any:
+    call = fallback_handler(step.op.overload, add_to_fallback_set=False)
+    return call(*map(given.get, step.op.tensors), **{name: given[name] for name in (*step.op.options, "backend")})
 
 
-def _template(given: Mapping[str, Any], made: Plan) -> Any:
-    names = [name for name, argument in TENSORS.items() if name in ALWAYS or given[argument] is not None]
-    nodes = [given[TENSORS[name]] for name in names]
+def _template(step: _Step, given: Mapping[str, Any], made: Plan) -> Any:
+    names = [name for name, argument in step.tensors.items() if name in step.always or given[argument] is not None]
+    nodes = [given[step.tensors[name]] for name in names]
     size = [made.sizes[0], *made.arguments["x"].shape[1:]]
     strides = ir.FlexibleLayout.contiguous_strides(size)
     layout = ir.FixedLayout(given["x"].get_device(), given["x"].get_dtype(), size, strides)
     overlaps = overlaps_kernels()
-    compare = config.max_autotune and not config.deterministic
+    compare = step.configs is not None and config.max_autotune and not config.deterministic
     choices: list[Any] = []
-    for candidate in candidates.configs(made) if compare else [made.config]:
-        error = DECODE.maybe_append_choice(
+    for candidate in step.configs(made) if step.configs is not None and compare else [made.config]:
+        error = step.template.maybe_append_choice(
             choices,
             input_nodes=nodes,
             layout=layout,
@@ -77,9 +115,9 @@ def _template(given: Mapping[str, Any], made: Plan) -> Any:
         if error is not None:
             _log.warning("%s: no template with %s: %s", made, candidate, error)
     if not choices:
-        return _call(given)  # the same kernel, started from Python
-    if compare:
-        flashinfer.append_choice(choices, made, [TENSORS[name] for name in names], nodes, layout)
+        return _call(step, given)  # the same kernel, started from Python
+    if step.others is not None and compare:
+        step.others(choices, made, [step.tensors[name] for name in names], nodes, layout)
     if len(choices) == 1:
         _log.info("%s: %s", made, choices[0].description)
         return choices[0].output_node()
@@ -91,7 +129,7 @@ def _fastest(made: Plan, choices: list[Any], names: Sequence[str], nodes: Sequen
         # Another process would draw its inputs itself, and slots at random.
         with config.patch(autotune_in_subproc=False):
             found = autotune_select_algorithm(
-                _OP.name,
+                made.name,
                 choices,
                 nodes,
                 layout,

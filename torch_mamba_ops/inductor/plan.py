@@ -18,22 +18,26 @@ from .template import CONSTANTS, FLAGS
 
 _NAME = "selective_state_update"
 _eager = importlib.import_module(f"torch_mamba_ops.ops.{_NAME}.triton")
-_STAGES = 3  # Triton's default; a step has no loop to pipeline
+STAGES = 3  # Triton's default; a step has no loop to pipeline
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A decode step for the template.
+    """A decode step for a template.
 
     Attributes:
+        name: of the operator.
+        state: that is updated, a fake tensor.
         arguments: the operator's by name, with fake tensors.
-        sizes: sequences (symbolic where the batch is), heads, head_dim.
+        sizes: of which the template makes its grid; the first is the sequences, symbolic where the batch is.
         constants: what the template is compiled for, but for its config.
         config: the eager kernel's: block sizes, ``num_warps``, ``num_stages``.
     """
 
+    name: str
+    state: Tensor
     arguments: Mapping[str, Any]
-    sizes: tuple[Any, Any, Any]
+    sizes: tuple[Any, ...]
     constants: dict[str, Any]
     config: dict[str, Any]
 
@@ -43,8 +47,8 @@ class Plan:
         return int(V.graph.sizevars.optimization_hint(self.sizes[0]))
 
     def __str__(self) -> str:
-        state, x = self.arguments["state"], self.arguments["x"]
-        return f"{_NAME}(state {state.dtype} {tuple(state.shape)}, x {x.dtype} {tuple(x.shape)})"
+        state, x = self.state, self.arguments["x"]
+        return f"{self.name}(state {state.dtype} {tuple(state.shape)}, x {x.dtype} {tuple(x.shape)})"
 
 
 def plan(nodes: Mapping[str, Any], arguments: Mapping[str, Any]) -> Plan:
@@ -56,18 +60,19 @@ def plan(nodes: Mapping[str, Any], arguments: Mapping[str, Any]) -> Plan:
     """
     tensors = [arguments[name] for name in operation(_NAME).tensors]
     options = [arguments[n] for n in ("dt_softplus", "pad_slot_id", "disable_state_update", "philox_rounds")]
-    x = arguments["x"]
+    x, state = arguments["x"], arguments["state"]
     made = _eager.plan(*tensors, x.new_empty(x.shape), *options).options
     config = {name: made[name] for name in ("BLOCK_P", "BLOCK_N", "num_warps")}
-    constants = {name: _known(made[name]) for name in (*CONSTANTS, *FLAGS)}
-    constants |= {"WRITES": made["WRITE"] != "none", "MAMBA1": arguments["state"].dim() == 3}
+    constants = {name: known(made[name]) for name in (*CONSTANTS, *FLAGS)}
+    constants |= {"WRITES": made["WRITE"] != "none", "MAMBA1": state.dim() == 3}
     sizes = (nodes["x"].get_size()[0], constants["heads"], constants["head_dim"])
-    return Plan(arguments, sizes, constants, config | {"num_stages": made.get("num_stages", _STAGES)})
+    config |= {"num_stages": made.get("num_stages", STAGES)}
+    return Plan(_NAME, state, arguments, sizes, constants, config)
 
 
 def as_tensor(node: Any) -> Tensor:
     """A fake tensor laid out like a node. But for the leading one, its sizes and strides become constants."""
-    sizes, strides = ([values[0], *map(_known, values[1:])] if values else [] for values in _layout(node))
+    sizes, strides = ([values[0], *map(known, values[1:])] if values else [] for values in _layout(node))
     start = node.get_layout().offset
     extent = start + 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     with V.fake_mode, V.graph.sizevars.shape_env.suppress_guards():
@@ -80,7 +85,7 @@ def _layout(node: Any) -> tuple[list[Any], list[Any]]:
     return list(node.get_size()), list(node.get_stride())
 
 
-def _known(value: Any) -> Any:
+def known(value: Any) -> Any:
     """A number that the graph is compiled for, guarded if it was symbolic."""
     if isinstance(value, bool):
         return value

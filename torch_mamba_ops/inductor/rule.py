@@ -5,10 +5,11 @@ The rest is traced inline as before: exported programs, other compilers, and wha
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,38 +17,63 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torch_mamba_ops.dispatch import operation
-from torch_mamba_ops.dispatch.op import Lowering
+from torch_mamba_ops.dispatch.op import Lowering, Op
 from torch_mamba_ops.ops import launch
+from torch_mamba_ops.ops.causal_conv1d_update.triton import is_dense
 from torch_mamba_ops.ops.launch import INTERPRET
 
 from .gate import ready, tested
 
-_NAME = "selective_state_update"
-_SEVERAL_TOKENS = (
-    *("cu_seqlens", "num_accepted_tokens", "intermediate_states_buffer", "intermediate_state_indices", "parents"),
-)
-
 
 def install() -> None:
-    """Tells the operation and the launcher, which know nothing of compilers, to ask."""
+    """Tells the operations and the launcher, which know nothing of compilers, to ask."""
     launch.compiler_serves_descriptors = _serves_descriptors
-    launch.compiler_overlaps_kernels = overlaps_kernels
-    op = operation(_NAME)
-    op.lowering = Lowering(_why_not, _tracing)
+    for name in RULES:
+        op = operation(name)
+        op.lowering = Lowering(functools.partial(_why_not, op), _tracing)
     if importlib.util.find_spec("flashinfer") is not None:
         # A graph that was tuned may call it: no cache may serve such a graph where it is not installed.
+        op = operation("selective_state_update")
         triton = op.backends["triton"]
         op.add(replace(triton, key=triton.key.replace("@", "@flashinfer-", 1)))
 
 
-def why_not(backend: str, given: Mapping[str, Any]) -> list[str]:
-    """Every reason why a call is none for the template.
-
-    Args:
-        backend: the name of the backend that the call names.
-        given: the operator's arguments by name; tensors may be fake.
-    """
+def _state_update(backend: str, given: Mapping[str, Any]) -> list[str]:
     state, x = given["state"], given["x"]
+    reasons = _reasons(backend, state, x, given, _SEVERAL_TOKENS["selective_state_update"])
+    if x.dim() != state.dim() - 1:
+        reasons.append("it is for one token a sequence, and x has a length")
+    for name in ("state_batch_indices", "dst_state_batch_indices"):
+        if given[name] is not None and given[name].dim() != 1:
+            reasons.append(f"it is for one slot a sequence, and {name} has columns")
+    return reasons
+
+
+def _convolution(backend: str, given: Mapping[str, Any]) -> list[str]:
+    state, x = given["conv_state"], given["x"]
+    reasons = _reasons(backend, state, x, given, _SEVERAL_TOKENS["causal_conv1d_update"])
+    if x.dim() != 2:
+        reasons.append("it is for one token a sequence, and x has a length")
+    elif not is_dense(x, state, given["weight"], given["bias"]):
+        reasons.append("it is for channels in vectors of 16 bytes, and some tensor is not laid out for that")
+    return reasons
+
+
+# Every reason why a call is none for the template, by its operator. Called with the name of the backend that the call
+# names, and the operator's arguments by name; tensors may be fake.
+RULES: dict[str, Callable[[str, Mapping[str, Any]], list[str]]] = {
+    "selective_state_update": _state_update,
+    "causal_conv1d_update": _convolution,
+}
+_SEVERAL_TOKENS = {
+    "selective_state_update": (
+        *("cu_seqlens", "num_accepted_tokens", "intermediate_states_buffer", "intermediate_state_indices", "parents"),
+    ),
+    "causal_conv1d_update": ("cache_seqlens", "num_accepted_tokens", "query_start_loc", "parents"),
+}
+
+
+def _reasons(backend: str, state: Any, x: Any, given: Mapping[str, Any], several: Sequence[str]) -> list[str]:
     reasons = []
     if backend != "triton":
         reasons.append(f"it is the triton backend's, and this is {backend}")
@@ -55,20 +81,14 @@ def why_not(backend: str, given: Mapping[str, Any]) -> list[str]:
         reasons.append(f"it is for CUDA devices, and the tensors are on {state.device.type}")
     if INTERPRET:
         reasons.append("Triton's interpreter (TRITON_INTERPRET=1) cannot be compiled")
-    if x.dim() != state.dim() - 1:
-        reasons.append("it is for one token a sequence, and x has a length")
-    several = [name for name in _SEVERAL_TOKENS if given[name] is not None]
-    reasons += [f"it is for one token a sequence, without {name}" for name in several]
-    for name in ("state_batch_indices", "dst_state_batch_indices"):
-        if given[name] is not None and given[name].dim() != 1:
-            reasons.append(f"it is for one slot a sequence, and {name} has columns")
+    reasons += [f"it is for one token a sequence, without {name}" for name in several if given[name] is not None]
     if any(isinstance(size, int) and size == 0 for size in (*state.shape, *x.shape)):
         reasons.append("there is nothing to do")
     return reasons
 
 
-def _why_not(backend: str, tensors: Sequence[Any], options: Mapping[str, Any]) -> list[str]:
-    return why_not(backend, {**dict(zip(operation(_NAME).tensors, tensors, strict=True)), **options})
+def _why_not(op: Op, backend: str, tensors: Sequence[Any], options: Mapping[str, Any]) -> list[str]:
+    return RULES[op.name](backend, op.named(tensors, options))
 
 
 def _tracing() -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
 
 from torch_mamba_ops.ops.selective_state_update import kernels
-from torch_mamba_ops.ops.tiles import LOG2_E
+
+from .sources import source_of
 
 # The kernel's arguments by the operator's. A call's tensors are a choice of these, in this order.
 TENSORS = {
@@ -122,26 +122,8 @@ def _grid(batch: Any, heads: Any, head_dim: Any, constants: dict[str, Any], *, c
     return cdiv(head_dim, constants["BLOCK_P"]), heads, batch
 
 
-def _sources(*functions: Any) -> Iterator[str]:
-    """The source of Triton functions, of those that they call and of the constants that they read, each once."""
-    waiting, seen = list(functions), set()
-    while waiting:
-        function = waiting.pop(0)
-        if function.__name__ not in seen:
-            seen.add(function.__name__)
-            yield inspect.getsource(function.fn)
-            for name in function.fn.__code__.co_names:
-                value = function.fn.__globals__.get(name)
-                if isinstance(value, type(LOG2_E)) and name not in seen:
-                    seen.add(name)
-                    yield f"{name} = tl.constexpr({value.value!r})"
-                elif isinstance(value, type(function)):
-                    waiting.append(value)
-
-
-_TILES = _sources(kernels.read_head, kernels.read_token, kernels.update, kernels.store_state)
 DECODE = TritonTemplate(
     name="torch_mamba_ops_selective_state_update",
     grid=_grid,
-    source=_ENTRY + "{% raw %}\n\n" + "\n\n".join(_TILES) + "{% endraw %}\n",
+    source=_ENTRY + source_of(kernels.read_head, kernels.read_token, kernels.update, kernels.store_state),
 )

@@ -59,10 +59,8 @@ def update_one_token(
             valid = present & (slot != pad_slot_id)
         sequences += ((sequence, conv_state_ptr + slot * slot_stride, present, valid),)
 
-    weights = ()
-    for part in tl.static_range(WIDTH):
-        place = group * (GROUP * WIDTH) + (part * GROUP + lane)
-        weights += (tl.load(weight_ptr + place),)
+    weights = read_groups(weight_ptr, group, lane, True, WIDTH, GROUP, False)
+    bias = weights[0]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + channel)
     tokens = ()
@@ -72,52 +70,113 @@ def update_one_token(
     pages = ()
     for i in tl.static_range(SEQUENCES):
         sequence, page_ptr, present, valid = sequences[i]
-        parts = ()
-        for part in tl.static_range(COLUMNS):
-            if COLUMNS_INNERMOST:
-                place = group * (GROUP * COLUMNS) + (part * GROUP + lane)
-                parts += (tl.load(page_ptr + place, mask=valid, other=0.0),)
-            else:
-                parts += (tl.load(page_ptr + channel, mask=valid, other=0.0),)
-                page_ptr += column_stride
-        pages += (parts,)
+        pages += (read_page(page_ptr, group, lane, valid, column_stride, COLUMNS, COLUMNS_INNERMOST, GROUP),)
 
     # Where addresses are not aligned, the thread that stores an element need not be the one that loaded it.
     tl.debug_barrier()
-    taps = _dealt(weights, WIDTH, GROUP)
+    taps = dealt(weights, WIDTH, GROUP)
     for i in tl.static_range(SEQUENCES):
         sequence, page_ptr, present, valid = sequences[i]
         columns = pages[i]
         if COLUMNS_INNERMOST:
-            columns = _dealt(columns, COLUMNS, GROUP)
-        y = tl.zeros([GROUPS, GROUP], tl.float32)
-        for tap in tl.static_range(WIDTH - 1):
-            y += columns[COLUMNS - (WIDTH - 1) + tap].to(tl.float32) * taps[tap].to(tl.float32)
-        y += tokens[i].to(tl.float32) * taps[WIDTH - 1].to(tl.float32)
-        if HAS_BIAS:
-            y += bias.to(tl.float32)
-        if SILU:
-            y *= tl.sigmoid(y)
-        y = tl.where(valid, y, 0.0).to(out_ptr.dtype.element_ty)
+            columns = dealt(columns, COLUMNS, GROUP)
+        y = convolved(columns, tokens[i], taps, bias, valid, WIDTH, COLUMNS, HAS_BIAS, SILU)
+        y = y.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + sequence * out_stride + channel, y, mask=inside & present)
-
-        parts = ()
-        for column in tl.static_range(1, COLUMNS):
-            parts += (columns[column],)
-        parts += (tokens[i].to(conv_state_ptr.dtype.element_ty),)
-        if COLUMNS_INNERMOST:
-            parts = _collected(parts, COLUMNS, GROUP)
-        for part in tl.static_range(COLUMNS):
-            if COLUMNS_INNERMOST:
-                place = group * (GROUP * COLUMNS) + (part * GROUP + lane)
-                tl.store(page_ptr + place, parts[part], mask=inside & valid)
-            else:
-                tl.store(page_ptr + channel, parts[part], mask=inside & valid)
-                page_ptr += column_stride
+        write_page(
+            page_ptr, columns, tokens[i], group, lane, inside & valid, column_stride, COLUMNS, COLUMNS_INNERMOST, GROUP
+        )
 
 
 @triton.jit
-def _dealt(parts, COUNT: tl.constexpr, GROUP: tl.constexpr):
+def read_groups(ptr, group, lane, mask, COUNT: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr):
+    """COUNT numbers of each channel that lie side by side, in COUNT tiles [groups, GROUP], see `dealt`."""
+    parts = ()
+    for part in tl.static_range(COUNT):
+        place = group * (GROUP * COUNT) + (part * GROUP + lane)
+        if MASKED:
+            parts += (tl.load(ptr + place, mask=mask, other=0.0),)
+        else:
+            parts += (tl.load(ptr + place),)
+    return parts
+
+
+@triton.jit
+def read_page(
+    page_ptr,
+    group,
+    lane,
+    valid,
+    column_stride,
+    COLUMNS: tl.constexpr,
+    COLUMNS_INNERMOST: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A sequence's columns, each a tile [groups, GROUP]; where they are innermost, still to be `dealt`."""
+    if COLUMNS_INNERMOST:
+        return read_groups(page_ptr, group, lane, valid, COLUMNS, GROUP, True)
+    parts = ()
+    for _ in tl.static_range(COLUMNS):
+        parts += (tl.load(page_ptr + (group * GROUP + lane), mask=valid, other=0.0),)
+        page_ptr += column_stride
+    return parts
+
+
+@triton.jit
+def convolved(
+    columns,
+    token,
+    taps,
+    bias,
+    valid,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SILU: tl.constexpr,
+):
+    """The output in float32; zero for a padded sequence."""
+    y = tl.zeros(token.shape, tl.float32)
+    for tap in tl.static_range(WIDTH - 1):
+        y += columns[COLUMNS - (WIDTH - 1) + tap].to(tl.float32) * taps[tap].to(tl.float32)
+    y += token.to(tl.float32) * taps[WIDTH - 1].to(tl.float32)
+    if HAS_BIAS:
+        y += bias.to(tl.float32)
+    if SILU:
+        y *= tl.sigmoid(y)
+    return tl.where(valid, y, 0.0)
+
+
+@triton.jit
+def write_page(
+    page_ptr,
+    columns,
+    token,
+    group,
+    lane,
+    mask,
+    column_stride,
+    COLUMNS: tl.constexpr,
+    COLUMNS_INNERMOST: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """The columns but for the oldest, and the token."""
+    parts = ()
+    for column in tl.static_range(1, COLUMNS):
+        parts += (columns[column],)
+    parts += (token.to(page_ptr.dtype.element_ty),)
+    if COLUMNS_INNERMOST:
+        parts = collected(parts, COLUMNS, GROUP)
+    for part in tl.static_range(COLUMNS):
+        if COLUMNS_INNERMOST:
+            place = group * (GROUP * COLUMNS) + (part * GROUP + lane)
+            tl.store(page_ptr + place, parts[part], mask=mask)
+        else:
+            tl.store(page_ptr + (group * GROUP + lane), parts[part], mask=mask)
+            page_ptr += column_stride
+
+
+@triton.jit
+def dealt(parts, COUNT: tl.constexpr, GROUP: tl.constexpr):
     """COUNT tiles [groups, GROUP] that hold, one after the other, COUNT numbers of each channel: tile i of the result
     has the i-th of every channel."""
     if COUNT == 1:
@@ -135,8 +194,8 @@ def _dealt(parts, COUNT: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _collected(tiles, COUNT: tl.constexpr, GROUP: tl.constexpr):
-    """The inverse of `_dealt`."""
+def collected(tiles, COUNT: tl.constexpr, GROUP: tl.constexpr):
+    """The inverse of `dealt`."""
     if COUNT == 1:
         return tiles
     lanes = ()

@@ -38,13 +38,13 @@ def causal_conv1d_update(
     # Tokens of no sequence are no program's.
     out = torch.empty_like(x) if query_start_loc is None else torch.zeros_like(x)
     launch(
-        _plan, x, conv_state, weight, bias, cache_seqlens, conv_state_indices, num_accepted_tokens, query_start_loc,
+        plan, x, conv_state, weight, bias, cache_seqlens, conv_state_indices, num_accepted_tokens, query_start_loc,
         parents, out, activation, pad_slot_id, result=out if query_start_loc is None else None,
     )  # fmt: skip
     return out
 
 
-def _plan(
+def plan(
     x: Tensor,
     conv_state: Tensor,
     weight: Tensor,
@@ -80,7 +80,7 @@ def _plan(
         "SILU": activation == "silu",
     }
     plain = cache_seqlens is None and num_accepted_tokens is None and query_start_loc is None
-    if plain and _is_dense(x, out, conv_state, weight, bias):
+    if plain and is_dense(x, conv_state, weight, bias):
         batch = x.shape[0]
         columns_innermost = conv_state.stride(2) == 1
         config = _config(batch, dim, int(weight.shape[1]), int(conv_state.shape[2]), columns_innermost, conv_state)
@@ -135,7 +135,7 @@ def _plan(
     return Launch(kernels.update_tokens, (batch, _blocks(dim, 256)), tensors, options)
 
 
-def _is_dense(x: Tensor, out: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def is_dense(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether one token a sequence stands in vectors: channels side by side and, where the kernel wants them, 16 bytes
     of them at a time. Triton takes that from numbers that are multiples of 16."""
     dim, columns = x.shape[1], conv_state.shape[2]
@@ -145,7 +145,6 @@ def _is_dense(x: Tensor, out: Tensor, conv_state: Tensor, weight: Tensor, bias: 
         (x.dim() == 2 or x.shape[2] == 1)
         and columns <= _MOST_COLUMNS
         and x.stride(1) == 1
-        and out.stride(1) == 1
         and weight.is_contiguous()
         and (bias is None or bias.stride(0) == 1)
         and (columns_innermost or channel == 1)

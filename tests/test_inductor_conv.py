@@ -1,0 +1,301 @@
+"""The convolution's decode step as Inductor's template, and a whole layer's; see test_inductor.py for the state's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from inductor_code import (
+    Step,
+    alone,
+    arguments_of,
+    assert_no_spills,
+    assert_step_right,
+    code_of,
+    compile_step,
+    faked,
+    inputs_of,
+    kernel_source,
+    launches,
+    made_by,
+    process,
+    recorded,
+    save_call,
+    saved_call,
+)  # fmt: skip
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch._inductor import config
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import torch_mamba_ops as tmo
+from torch_mamba_ops.dispatch import OPS
+from torch_mamba_ops.inductor.rule import RULES
+from torch_mamba_ops.ops.case import Case
+from torch_mamba_ops.ops.rms_norm_gated import reference
+from torch_mamba_ops.testing import build, cases
+from torch_mamba_ops.testing.check import GUARD
+
+CONV = "causal_conv1d_update"
+SMALL = {case.name: case for case in cases(CONV)}
+COVERED = (
+    *(f"vectors_{layout}_{columns}" for layout in ("sd", "ds") for columns in (3, 4)),
+    "vectors_no_slots_width_2",
+)
+VECTORS: Any = SMALL["vectors_sd_3"].build
+MODELS = {case.name: case for case in cases(CONV, "model")}
+
+
+def _step(device: str = "cpu", **changed: Any) -> Step:
+    return alone(CONV, Case("step", replace(VECTORS, **changed)), device)
+
+
+def _followed(device: str = "cpu", **changed: Any) -> Step:
+    """A product with powers of two, in float32: torch 2.13 rounds the output before it, 2.11 does not."""
+    step = _step(device, **changed)
+    x = step.inputs[0]
+    powers = 2.0 ** torch.randint(-2, 3, x.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    return replace(
+        step,
+        inputs=(*step.inputs, powers.to(x.dtype)),
+        arrange=lambda *given: step.arrange(*given[:-1]),
+        after=lambda y, *given: y * given[-1],
+    )
+
+
+def _part(device: str = "cpu", **changed: Any) -> Step:
+    """x is a part of what a projection leaves, and the pool a layer of one of all layers."""
+    arguments = arguments_of(CONV, Case("step", replace(VECTORS, **changed)), device)
+    x, state = arguments["x"], arguments["conv_state"]
+    joined = torch.cat([torch.ones_like(x), x, torch.ones_like(x[:, :16])], 1)
+    pools = torch.full((3, *state.mT.shape), GUARD, dtype=state.dtype, device=device)
+    pools[1] = state.mT
+    names = [name for name, value in arguments.items() if isinstance(value, Tensor) and name not in ("x", "conv_state")]
+
+    def arrange(joined: Tensor, pools: Tensor, *given: Tensor) -> dict[str, Any]:
+        parts = joined.split([x.shape[1], x.shape[1], 16], 1)
+        return arguments | dict(zip(names, given, strict=True)) | {"x": parts[1], "conv_state": pools.select(0, 1).mT}
+
+    return Step((joined, pools, *(arguments[name] for name in names)), arrange, op=CONV)
+
+
+STEPS: dict[str, Callable[[str], Step]] = {
+    **{name: lambda device, name=name: alone(CONV, SMALL[name], device) for name in COVERED},  # type: ignore[misc]
+    "padding": lambda device: _step(device, slots=(6, -1, 3)),
+    "all padding": lambda device: _step(device, slots=(-1, -1, -1), layout="DS"),
+    "float32": lambda device: _step(device, dtype=torch.float32, state_dtype=torch.float32),
+    "float32 window": lambda device: _step(device, state_dtype=torch.float32, activation=None),
+    "one sequence": lambda device: _step(device, batch=1, slots=(5,), dim=2064),
+    "followed": lambda device: _followed(device, slots=(6, -1, 3)),
+    "followed, columns innermost": lambda device: _followed(device, layout="DS"),
+    "part": _part,
+}
+
+
+# --- which calls stay in the graph ---
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_one_token_in_vectors_stays_an_operator_for_inductor_and_the_rest_is_inlined(name: str) -> None:
+    assert recorded(alone(CONV, SMALL[name])) == ("torch_mamba_ops" if name in COVERED else "triton_kernel_wrapper")
+
+
+def test_every_reason_against_the_template_is_told() -> None:
+    given = dict.fromkeys(OPS[CONV].arguments)
+    told = RULES[CONV]("mine", given | build(SMALL["packed_accepted"]))
+    for word in ("mine", "on cpu", "num_accepted_tokens", "query_start_loc", "vectors of 16 bytes"):
+        assert sum(word in reason for reason in told) == 1, (word, told)
+    assert len(told) == 5
+    assert "x has a length" in RULES[CONV]("triton", given | build(SMALL["hugging_face"]))[-1]
+    with FakeTensorMode():
+        step = _step()
+        explained = tmo.explain(CONV, **step.arrange(*faked(step)))
+    assert str(explained).endswith("under torch.compile: a template, which takes in what follows")
+
+
+# --- the code that they become ---
+
+
+@pytest.mark.parametrize("layout", ["SD", "DS"])
+def test_what_follows_is_in_the_kernel_and_the_state_stays_where_it_is(layout: str) -> None:
+    code = code_of(_followed(layout=layout))
+    ((name, given),) = launches(code)
+    assert name.startswith("triton_tem_fused") and given[0] == inputs_of(code)[1], "the pool itself"
+    assert made_by(code) == ["(3, 528)"], "and nothing but the result is made"
+
+
+def test_parts_are_read_where_they_are() -> None:
+    code = code_of(_part())
+    ((_, given),) = launches(code)
+    assert given[:2] == inputs_of(code)[1::-1] and made_by(code) == ["(3, 528)"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_kernels_compile_without_spilling(name: str, tmp_path: Path) -> None:
+    assert_no_spills(code_of(alone(CONV, MODELS[name])), tmp_path)
+
+
+# --- a layer ---
+
+
+class _Layer(torch.nn.Module):
+    """A Mamba2 layer's step between its projections, as in benchmarks/decode.py."""
+
+    def __init__(self, device: str, groups: int = 4) -> None:
+        super().__init__()
+        heads, head_dim, state, slots, batch = 16, 64, 64, 8, 3
+        self.sizes = heads, head_dim, groups, state
+        self.inner, self.shared = heads * head_dim, groups * state
+        dim = self.inner + 2 * self.shared
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.randn(size, generator=generator).to(device, dtype)
+
+        for name, tensor in {
+            "conv_state": normal(slots, 3, dim).mT,
+            "ssm_state": normal(slots, heads, head_dim, state),
+            "weight": normal(dim, 4),
+            "bias": normal(dim),
+            "A": -normal(heads, dtype=torch.float32).exp(),
+            "D": normal(heads, dtype=torch.float32),
+            "norm_weight": normal(self.inner),
+            "projected": normal(batch, self.inner + dim + heads),
+            "slots": torch.tensor([6, 1, 3], dtype=torch.int32, device=device),
+        }.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, norm: Callable[..., Tensor] = tmo.rms_norm_gated) -> Tensor:
+        heads, head_dim, groups, state = self.sizes
+        gate, mixed, dt = self.projected.split([self.inner, self.inner + 2 * self.shared, heads], -1)
+        mixed = tmo.causal_conv1d_update(
+            mixed, self.conv_state, self.weight, self.bias, "silu", None, self.slots, backend="triton"
+        )
+        x, B, C = mixed.split([self.inner, self.shared, self.shared], -1)
+        y = tmo.selective_state_update(
+            self.ssm_state, x.unflatten(-1, (heads, head_dim)), dt, self.A, B.unflatten(-1, (groups, state)),
+            C.unflatten(-1, (groups, state)), self.D, None, None, True, self.slots, backend="triton",
+        )  # fmt: skip
+        group_size = self.inner // groups
+        return norm(y.flatten(1), self.norm_weight, None, gate, eps=1e-5, group_size=group_size, norm_before_gate=False)
+
+
+def _layer_step(groups: int) -> Step:
+    layer = _Layer("cpu", groups)
+    names = [name for name, _ in layer.named_buffers()]
+    inlined = {"norm": reference.rms_norm_gated}  # as the operator is where it is compiled
+
+    class Call(Step):
+        def __call__(self, *given: Tensor) -> Tensor:
+            return torch.func.functional_call(layer, dict(zip(names, given, strict=True)), (), inlined)
+
+    return Call(tuple(layer.buffers()), lambda *_: {})
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_layers_step_is_three_kernels(groups: int) -> None:
+    names = [name for name, _ in launches(code_of(_layer_step(groups)))]
+    assert [name.partition("fused")[0] for name in names] == ["triton_tem_", "triton_tem_", "triton_per_"]
+
+
+def test_kernels_overlap_where_inductor_is_asked_for_that() -> None:
+    """Each waits before it reads anything, and lets the next one begin only then."""
+    step = _layer_step(4)
+    assert "gdc_" not in code_of(step)
+    with config.patch("triton.enable_pdl", True):
+        code = code_of(step)
+    for name, _ in launches(code):
+        source = kernel_source(code, name)
+        assert "'launch_pdl': True" in source
+        calls = re.findall(r"tl\.load|gdc_wait|gdc_launch_dependents", source[source.index(f"def {name}(") :])
+        assert calls.index("gdc_wait") == 0 < calls.index("gdc_launch_dependents"), calls
+
+
+# --- that they compute the same, in the interpreter ---
+
+
+def _run_written(folder: str) -> None:
+    """Runs what `test_the_interpreter...` left in a folder, in a process whose Triton interprets."""
+    for path in sorted(Path(folder).glob("*.json")):
+        assert_step_right(STEPS[path.stem]("cpu"), saved_call(path))
+        print(path.stem)
+
+
+def test_the_interpreter_agrees_with_the_equations(tmp_path: Path) -> None:
+    for name, make in STEPS.items():
+        save_call(make("cpu"), tmp_path / f"{name}.json")
+    program = f"import test_inductor_conv; test_inductor_conv._run_written({str(tmp_path)!r})"
+    assert sorted(process(program, TRITON_INTERPRET="1")) == sorted(STEPS)
+
+
+# --- on a GPU ---
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    """The code of a graph shows only where it is compiled."""
+    torch._dynamo.reset()
+    counters.clear()
+    graphs, programs = config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False)
+    with torch.no_grad(), graphs, programs:
+        yield
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", STEPS)
+def test_a_gpu_agrees_with_the_equations(name: str) -> None:
+    step = STEPS[name]("cuda")
+    run, codes = compile_step(step)
+    assert_step_right(step, run)
+    ((kernel, _),) = launches(codes[0])
+    assert kernel.startswith("triton_tem")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_a_gpu_agrees_with_the_equations_at_a_models_size(name: str) -> None:
+    step = alone(CONV, MODELS[name], "cuda")
+    assert_step_right(step, compile_step(step)[0])
+
+
+@pytest.mark.gpu
+def test_a_gpu_runs_every_batch_without_recompiling() -> None:
+    counter = CompileCounterWithBackend("inductor")
+    first = _followed("cuda", pool_size=100)
+    function = torch.compile(lambda *inputs: first(*inputs), backend=counter, fullgraph=True)
+    for batch in (5, 2, 33, 64):
+
+        def run(*inputs: Tensor, batch: int = batch) -> Tensor:
+            for tensor in inputs:
+                if tensor.shape[0] == batch:
+                    torch._dynamo.mark_dynamic(tensor, 0)
+            return function(*inputs)
+
+        assert_step_right(_followed("cuda", batch=batch, slots=tuple(range(9, 9 + batch)), pool_size=100), run)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overlap", [False, True], ids=["in_turn", "overlapping"])
+def test_a_gpu_replays_a_layers_step(overlap: bool) -> None:
+    """One CUDA graph, whose kernels may begin before the one before them ends."""
+    layer, other = _Layer("cuda"), _Layer("cuda")
+    options = {"triton.cudagraphs": True, "triton.enable_pdl": overlap}
+    run = torch.compile(layer, options=options, fullgraph=True)
+    for number in range(20):
+        given = torch.randn_like(layer.projected)
+        slots = torch.randperm(8, device="cuda")[:3].int()
+        for each in (layer, other):
+            each.projected.copy_(given)
+            each.slots.copy_(slots)
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(run().clone(), other(), msg=lambda text, n=number: f"call {n}: {text}")
+        assert torch.equal(layer.conv_state, other.conv_state)
+        torch.testing.assert_close(layer.ssm_state, other.ssm_state)
+    assert not counters["inductor"]["cudagraph_skips"]
