@@ -9,9 +9,11 @@ conv    The causal convolution's step, likewise, with the channels (SD) or the c
         once more with a single pool ("warm"), which stays in the cache where it fits.
 eager   What a call costs the host, for one sequence: the clock around many calls that do little, without waiting.
 layer   A Mamba2 layer's step after its in-projection (convolution, state update, gated norm), of 16 layers in one
-        graph, which share nothing, lest the compiler join them: ours compiled with CUDA graphs by torch.compile, and
-        compiled but captured by hand; vLLM's kernels captured by hand. Each step gets other slots; the new indices are
-        copied into the graph's, as CUDA graphs by torch.compile do themselves.
+        graph, which share nothing, lest the compiler join them: ours compiled with CUDA graphs by torch.compile, also
+        with kernels that overlap (``pdl``, Inductor's ``triton.enable_pdl``); vLLM's kernels captured by hand. Each
+        step gets other slots; the new indices are copied into the graph's, as CUDA graphs by torch.compile do
+        themselves. The time on the device, and that of a loop on the host ("loop"), which hides nothing: the compiled
+        step's guards and checks take longer than 16 small layers. In a model they pass while its matrices are read.
 
 A peer that cannot be imported, fails or is wrong is left out, and the reason printed. What is wrong is measured on
 fresh inputs against our reference, as the norm of the difference over the norm. ``--dry`` needs no GPU: it builds the
@@ -657,7 +659,7 @@ def _layer_vllm(layer: Layer) -> LayerStep:
 
 
 def layer(run: Run) -> None:
-    """A layer's step. Its time is that of a loop on the host, which may be what limits it."""
+    """A layer's step: its time on the device, and that of a loop on the host, which may be what limits it."""
     shape = Shape(8, 2) if run.dry else SHAPES[0]
     layers = 2 if run.dry else LAYERS
     for batch in (2,) if run.dry else (1, 16, 64):
@@ -668,25 +670,49 @@ def layer(run: Run) -> None:
         order = torch.randperm(batch * turns, device=run.device).to(torch.int32)
         slots = list(order.view(turns, batch))
         steps = _layer_steps(run, model, slots)
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        count = 2 if run.dry else 30
+        device: dict[str, list[float]] = {name: [] for name in steps}
+        loop: dict[str, list[float]] = {name: [] for name in steps}
+        given = [slots[i % turns] for i in range(2 if run.dry else 30)]
         for turn in range(run.rounds + 2):
             for name, step in steps.items():
                 _wait(run)
                 began = time.perf_counter()
-                for i in range(count):
-                    step(slots[i % turns])
+                _each(step, given)
                 _wait(run)
+                took = time.perf_counter() - began
                 if turn >= 2 or run.dry:
-                    times[name].append((time.perf_counter() - began) / count / layers * 1e6)
-        found = {name: statistics.median(took) for name, took in times.items()}
-        run.record("layer", str(shape), batch, _name(BF16), found)
+                    loop[name].append(took / len(given) / layers * 1e6)
+                    if not run.dry:
+                        device[name].append(_on_device(step, given, took) / len(given) / layers * 1e6)
+        if not run.dry:
+            found = {name: statistics.median(took) for name, took in device.items()}
+            run.record("layer", str(shape), batch, _name(BF16), found)
+        found = {name: statistics.median(took) for name, took in loop.items()}
+        run.record("layer", f"{shape} loop", batch, _name(BF16), found)
         del model, steps
         _release(run)
 
 
+def _each(step: LayerStep, given: list[Tensor]) -> None:
+    for slots in given:
+        step(slots)
+
+
+def _on_device(step: LayerStep, given: list[Tensor], seconds: float) -> float:
+    """Seconds on the device of steps that take the host no more than ``seconds``: the device waits meanwhile."""
+    began, ended = _event(), _event()
+    torch.cuda._sleep(int(4e9 * seconds))  # cycles; some twice as long
+    began.record()
+    _each(step, given)
+    if began.query():
+        raise AssertionError("the device did not wait for the host")
+    ended.record()
+    torch.cuda.synchronize()
+    return began.elapsed_time(ended) / 1e3
+
+
 def _layer_steps(run: Run, model: Stack, slots: list[Tensor]) -> dict[str, LayerStep]:
-    """What is right of: compiled with CUDA graphs, compiled and captured by hand, vLLM's captured by hand."""
+    """What is right of: compiled with CUDA graphs, with kernels that overlap as well, vLLM's captured by hand."""
     pools_before = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("state")}
 
     def restore() -> None:
@@ -709,7 +735,6 @@ def _layer_steps(run: Run, model: Stack, slots: list[Tensor]) -> dict[str, Layer
         "ours-pdl": lambda: torch.compile(
             model, options={"triton.cudagraphs": True, "triton.enable_pdl": True}, fullgraph=True
         ),
-        "ours-captured": lambda: _captured(torch.compile(model, fullgraph=True), slots[0]),
         "vllm": lambda: _captured(layers_vllm(model), slots[0]),
     }
     found = {}

@@ -1,6 +1,6 @@
 """The checks of several devices over NCCL:
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/distributed_nccl.py [--part K/N | --time] [--out CSV]
+    torchrun --standalone --nproc-per-node 2 benchmarks/distributed_nccl.py [--checks NAME ...] [--part K/N | --time] [--out CSV]
 
 Runs what tests/test_distributed.py runs over gloo, a row of the table each, then times states of an 8B model moved from
 all GPUs to one. Ends with 1 if a check fails. Most of a run is compiling the kernels of the operators' small cases: N
@@ -89,6 +89,7 @@ def reshard_time(rank: int, size: int) -> tuple[int, float]:
 def main() -> None:
     """Runs all and prints the table on the first process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checks", nargs="*", metavar="NAME", help="such as gradients; default: all")
     parser.add_argument("--part", help="K/N: the K-th of N parts of the checks, and no timing")
     parser.add_argument("--time", action="store_true", help="no checks")
     parser.add_argument("--out", type=Path, help="a CSV that gets the rows")
@@ -111,7 +112,8 @@ def main() -> None:
     if rank == 0:
         print(f"torch {torch.__version__}, NCCL {torch.cuda.nccl.version()}, {size} x {torch.cuda.get_device_name()}")
         print(f"{'check':24} {'of':56} {'seconds':>8}  result")
-    for name, arguments in () if given.time else checks()[part::parts]:
+    wanted = [check for check in checks() if given.checks is None or check[0] in given.checks]
+    for name, arguments in () if given.time else wanted[part::parts]:
         began, wrong = time.perf_counter(), ""
         try:
             getattr(workers, name)(rank, size, *arguments)
