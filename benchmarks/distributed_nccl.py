@@ -1,6 +1,7 @@
 """The checks of several devices over NCCL:
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/distributed_nccl.py [--checks NAME ...] [--part K/N | --time] [--out CSV]
+    torchrun --standalone --nproc-per-node 2 benchmarks/distributed_nccl.py [--checks NAME ...] [--part K/N | --time]
+        [--out CSV]
 
 Runs what tests/test_distributed.py runs over gloo, a row of the table each, then times states of an 8B model moved from
 all GPUs to one. Ends with 1 if a check fails. Most of a run is compiling the kernels of the operators' small cases: N
