@@ -7,6 +7,8 @@ compile  Seconds of the first calls (prefill of two lengths by one graph, one de
 prefill  Ten lengths up to 32,768 tokens: how many graphs, and the time of 8,192 tokens.
 decode   Batches 1, 16, 64 and 256 with CUDA graphs: graphs, graphs skipped, states cloned, and the bytes of weights and
          states (keys and values too) over the time of a step, against what a copy on the device moves.
+overlap  Batches 1 and 64 of decode once more, with kernels that begin before the one before them ends (Inductor's
+         ``triton.enable_pdl``): the time, and whether the logits are those of decode, bit for bit.
 check    The same greedy tokens as the untouched model in float32; logits in bfloat16 inside a budget: twice the error
          that the untouched model makes in bfloat16.
 peers    The same prefill and decode steps by the untouched model, eager and compiled (transformers takes what it finds
@@ -69,7 +71,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 BATCHES = (1, 64, 16, 256)
 LENGTHS = (512, 1000, 768, 1536, 2048, 3001, 4096, 8192, 16384, 32768)
 ROOM = 128  # tokens in the cache of a decode benchmark, and after the prompt of a prefill
-PARTS = ("compile", "prefill", "decode", "check", "peers", "first", "export", "train")
+PARTS = ("compile", "prefill", "decode", "overlap", "check", "peers", "first", "export", "train")
 Options = argparse.Namespace
 
 # --- models ---
@@ -255,11 +257,11 @@ def step_of(model: torch.nn.Module) -> Step:
 class Graphs:
     """Inductor, and a note of every graph and of the backend of every operator of this package in it."""
 
-    def __init__(self, cuda_graphs: bool = False, trace_only: bool = False) -> None:
+    def __init__(self, cuda_graphs: bool = False, trace_only: bool = False, overlap: bool = False) -> None:
         self.count = 0
         self.backends: dict[str, set[str]] = {}
         self._trace_only = trace_only
-        self._patches = {"triton.cudagraphs": True} if cuda_graphs else {}
+        self._patches = {"triton.cudagraphs": cuda_graphs, "triton.enable_pdl": overlap}
         self._by_overload = {op.overload: name for name, op in OPS.items()}
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -352,9 +354,10 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def graphs(self, cuda_graphs: bool = False) -> Graphs:
+    def graphs(self, cuda_graphs: bool = False, overlap: bool = False) -> Graphs:
         """To compile with: CUDA graphs where there is such a device; tiny models are traced, and not compiled."""
-        return Graphs(cuda_graphs and self.device.type == "cuda", self.options.tiny and self.device.type == "cpu")
+        cuda = self.device.type == "cuda"
+        return Graphs(cuda_graphs and cuda, self.options.tiny and not cuda, overlap)
 
     def hurry(self) -> None:
         """Raises when nothing more should be prepared."""
@@ -599,13 +602,27 @@ def decode_steps(session: Session) -> list[Measure]:
     return measures
 
 
+def overlap(session: Session) -> list[Measure]:
+    """The same steps by kernels that overlap."""
+    measures: list[Measure] = []
+    for batch in {1, 64}.intersection(session.options.batches):
+        with _left_out(session, f"decode with kernels that overlap, batch {batch}"):
+            measures.append(_decode_step(session, "ours-pdl", batch))
+            runs = [session.compiled.get(f"{name}, decode {batch}") for name in ("ours", "ours-pdl")]
+            if None not in runs:
+                logits = [run(*session._with(session.primed(batch), *session.token(batch))).clone() for run in runs]
+                same = torch.equal(*logits)
+                session.record("decode", "same bits as in turn", same, "", contender="ours-pdl", batch=batch, bar=">=1")
+    return measures
+
+
 def _decode_step(session: Session, name: str, batch: int) -> Measure:
     """Compiled with CUDA graphs."""
     session.hurry()
     cuda = session.device.type == "cuda"
     counters = torch._dynamo.utils.counters
     cache, token = session.primed(batch), session.token(batch)
-    graphs = session.graphs(cuda_graphs=True)
+    graphs = session.graphs(cuda_graphs=True, overlap=name == "ours-pdl")
     run = torch.compile(step_of(session.model), backend=graphs, fullgraph=True, dynamic=False)
     skipped = counters["inductor"]["cudagraph_skips"]
     gc.collect()
@@ -625,7 +642,7 @@ def _decode_step(session: Session, name: str, batch: int) -> Measure:
     def record(what: str, value: float, unit: str, bar: str = "", note: str = "") -> None:
         session.record("decode", what, value, unit, contender=name, batch=batch, bar=bar, note=note)
 
-    ours = name == "ours"
+    ours = name.startswith("ours")
     record("first call", took, "s")
     record("graphs", graphs.count, "graphs", "<=1" if ours else "")
     record("CUDA graphs skipped", skipped, "graphs", "<=0" if ours and cuda else "")
@@ -633,8 +650,7 @@ def _decode_step(session: Session, name: str, batch: int) -> Measure:
     record("memory that graphs took", grown / 1e6, "MB", note=f"one layer's states: {state / 1e6:.1f} MB")
     for op, names in graphs.backends.items():
         record(f"backend of {op}", len(names), "backends", note=", ".join(sorted(names)))
-    if ours and batch == 1:
-        session.compiled["decode"] = run  # checked against float32 later
+    session.compiled[f"{name}, decode {batch}"] = run  # compared with others later
     bytes_moved = moved(session, batch)
 
     def once() -> None:
@@ -700,7 +716,7 @@ def check(session: Session) -> list[Measure]:
                        note="the bar: twice the untouched model's error in bfloat16")  # fmt: skip
 
     verdict("error of logits in bfloat16, eager", ours, budget)
-    if (run := session.compiled.get("decode")) is not None:
+    if (run := session.compiled.get("ours, decode 1")) is not None:
         cache = session.primed(1)
         cache.reset()
         with contender("ours"):
@@ -1030,6 +1046,7 @@ PREPARE: dict[str, Callable[[Session], list[Measure]]] = {
     "compile": compile_times,
     "prefill": prefill,
     "decode": decode_steps,
+    "overlap": overlap,
     "check": check,
     "peers": peers,
     "first": first,
