@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 plt.rcParams["svg.hashsalt"] = "torch_mamba_ops"  # the same file from the same numbers
 STYLES = {
     "ours": ("torch_mamba_ops", "black"),
-    "ours_pointers": ("torch_mamba_ops before TMA", "dimgrey"),
     "vllm": ("vLLM", "tab:blue"),
     "vllm_q128": ("vLLM, chunks of 128", "tab:cyan"),
     "mamba_ssm": ("mamba_ssm", "tab:orange"),
