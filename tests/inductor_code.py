@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import aot_export_module
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -254,3 +255,19 @@ def saved_call(path: Path) -> Callable[..., Tensor]:
         return result
 
     return run
+
+
+def assert_one_graph(make: Callable[[int], Step]) -> None:
+    """Steps of several batches, marked as changing, are one graph."""
+    counter, first = CompileCounterWithBackend("inductor"), make(5)
+    function = torch.compile(lambda *inputs: first(*inputs), backend=counter, fullgraph=True)
+    for batch in (5, 2, 33, 64):
+
+        def run(*inputs: Tensor, batch: int = batch) -> Tensor:
+            for tensor in inputs:
+                if tensor.shape[0] == batch:
+                    torch._dynamo.mark_dynamic(tensor, 0)
+            return function(*inputs)
+
+        assert_step_right(make(batch), run)
+    assert counter.frame_count == 1

@@ -26,6 +26,7 @@ from inductor_code import (
     alone,
     arguments_of,
     assert_no_spills,
+    assert_one_graph,
     assert_step_right,
     code_of,
     compile_step,
@@ -40,7 +41,6 @@ from inductor_code import (
     saved_call,
 )
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -55,6 +55,7 @@ from torch_mamba_ops.testing.check import GUARD
 
 triton = pytest.importorskip("triton")
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 SSU = "selective_state_update"
 SMALL = {case.name: case for case in cases(SSU)}
 COVERED = (
@@ -363,16 +364,6 @@ def test_the_interpreter_agrees_with_the_equations(tmp_path: Path) -> None:
 # --- on a GPU ---
 
 
-@pytest.fixture(autouse=True)
-def _nothing_compiled() -> Iterator[None]:
-    """The code of a graph shows only where it is compiled, and choices only where they are made."""
-    torch._dynamo.reset()
-    counters.clear()
-    graphs = torch._inductor.config.patch(fx_graph_cache=False, autotune_local_cache=False)
-    with torch.no_grad(), graphs, torch._functorch.config.patch(enable_autograd_cache=False):
-        yield
-
-
 def _model(state: torch.dtype = torch.float32, **changed: Any) -> Case:
     shape = replace(SHAPE, state_dtype=state, **changed)
     slots = torch.randperm(shape.slots, generator=torch.Generator().manual_seed(0))[: shape.batch - 1]
@@ -438,19 +429,7 @@ def test_a_gpu_keeps_the_old_state_for_who_wants_it() -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_runs_every_batch_without_recompiling() -> None:
-    counter = CompileCounterWithBackend("inductor")
-    first = _followed(_model(slots=100), "cuda")
-    function = torch.compile(lambda *inputs: first(*inputs), backend=counter, fullgraph=True)
-    for batch in (5, 2, 33, 64):
-
-        def run(*inputs: Tensor, batch: int = batch) -> Tensor:
-            for tensor in inputs:
-                if tensor.shape[0] == batch:
-                    torch._dynamo.mark_dynamic(tensor, 0)
-            return function(*inputs)
-
-        assert_step_right(_followed(_model(batch=batch, slots=100), "cuda"), run)
-    assert counter.frame_count == 1
+    assert_one_graph(lambda batch: _followed(_model(batch=batch, slots=100), "cuda"))
 
 
 class _Layer(torch.nn.Module):

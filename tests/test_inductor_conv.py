@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from inductor_code import (
     alone,
     arguments_of,
     assert_no_spills,
+    assert_one_graph,
     assert_step_right,
     code_of,
     compile_step,
@@ -27,9 +28,8 @@ from inductor_code import (
     recorded,
     save_call,
     saved_call,
-)  # fmt: skip
+)
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor import config
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -42,6 +42,7 @@ from torch_mamba_ops.ops.rms_norm_gated import reference
 from torch_mamba_ops.testing import build, cases
 from torch_mamba_ops.testing.check import GUARD
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 CONV = "causal_conv1d_update"
 SMALL = {case.name: case for case in cases(CONV)}
 COVERED = (
@@ -237,16 +238,6 @@ def test_the_interpreter_agrees_with_the_equations(tmp_path: Path) -> None:
 # --- on a GPU ---
 
 
-@pytest.fixture(autouse=True)
-def _nothing_compiled() -> Iterator[None]:
-    """The code of a graph shows only where it is compiled."""
-    torch._dynamo.reset()
-    counters.clear()
-    graphs, programs = config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False)
-    with torch.no_grad(), graphs, programs:
-        yield
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", STEPS)
 def test_a_gpu_agrees_with_the_equations(name: str) -> None:
@@ -266,19 +257,7 @@ def test_a_gpu_agrees_with_the_equations_at_a_models_size(name: str) -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_runs_every_batch_without_recompiling() -> None:
-    counter = CompileCounterWithBackend("inductor")
-    first = _followed("cuda", pool_size=100)
-    function = torch.compile(lambda *inputs: first(*inputs), backend=counter, fullgraph=True)
-    for batch in (5, 2, 33, 64):
-
-        def run(*inputs: Tensor, batch: int = batch) -> Tensor:
-            for tensor in inputs:
-                if tensor.shape[0] == batch:
-                    torch._dynamo.mark_dynamic(tensor, 0)
-            return function(*inputs)
-
-        assert_step_right(_followed("cuda", batch=batch, slots=tuple(range(9, 9 + batch)), pool_size=100), run)
-    assert counter.frame_count == 1
+    assert_one_graph(lambda batch: _followed("cuda", batch=batch, slots=tuple(range(9, 9 + batch)), pool_size=100))
 
 
 @pytest.mark.gpu
