@@ -91,8 +91,9 @@ def main() -> None:
     """Runs all and prints the table on the first process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checks", nargs="*", metavar="NAME", help="such as gradients; default: all")
-    parser.add_argument("--part", help="K/N: the K-th of N parts of the checks, and no timing")
-    parser.add_argument("--time", action="store_true", help="no checks")
+    less = parser.add_mutually_exclusive_group()
+    less.add_argument("--part", help="K/N: the K-th of N parts of the checks, and no timing")
+    less.add_argument("--time", action="store_true", help="no checks")
     parser.add_argument("--out", type=Path, help="a CSV that gets the rows")
     given = parser.parse_args()
     part, parts = map(int, (given.part or "0/1").split("/"))
@@ -133,7 +134,7 @@ def main() -> None:
         tell("reshard_time", what, seconds, f"{moved / 1e6:.0f} MB, {moved / seconds / 1e9:.0f} GB/s")
     if rank == 0:
         print(f"{failed} failed" if failed else "all right")
-    if rank == 0 and given.out:
+    if rows and given.out:
         machine = {**decode._machine(device), "devices": size, "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
         with given.out.open("w", newline="") as file:
             writer = csv.DictWriter(file, [*rows[0], *machine, "commit"])

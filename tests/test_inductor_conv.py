@@ -36,6 +36,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_mamba_ops as tmo
 from torch_mamba_ops.dispatch import OPS
+from torch_mamba_ops.inductor import conv_template, state_template
 from torch_mamba_ops.inductor.rule import RULES
 from torch_mamba_ops.ops.case import Case
 from torch_mamba_ops.ops.rms_norm_gated import reference
@@ -110,14 +111,27 @@ def test_one_token_in_vectors_stays_an_operator_for_inductor_and_the_rest_is_inl
 def test_every_reason_against_the_template_is_told() -> None:
     given = dict.fromkeys(OPS[CONV].arguments)
     told = RULES[CONV]("mine", given | build(SMALL["packed_accepted"]))
-    for word in ("mine", "on cpu", "num_accepted_tokens", "query_start_loc", "vectors of 16 bytes"):
+    for word in ("mine", "on cpu", "num_accepted_tokens", "query_start_loc"):
         assert sum(word in reason for reason in told) == 1, (word, told)
-    assert len(told) == 5
+    assert len(told) == 4
     assert "x has a length" in RULES[CONV]("triton", given | build(SMALL["hugging_face"]))[-1]
     with FakeTensorMode():
-        step = _step()
+        step, odd = _step(), _step(dim=520)
         explained = tmo.explain(CONV, **step.arrange(*faked(step)))
+        told = RULES[CONV]("triton", given | odd.arrange(*faked(odd)))
     assert str(explained).endswith("under torch.compile: a template, which takes in what follows")
+    assert len(told) == 1 and "vectors of 16 bytes" in told[0]
+
+
+def test_what_the_template_does_not_take_is_not_guarded_for_it() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, projected: Tensor, state: Tensor, weight: Tensor) -> Tensor:
+            return tmo.causal_conv1d_update(projected[:, :32], state, weight, None, "silu")
+
+    rest = (torch.randn(3, 32, 3), torch.randn(32, 4))
+    wider = ({1: torch.export.Dim("width", min=33)}, None, None)
+    program = torch.export.export(Model(), (torch.randn(3, 80), *rest), dynamic_shapes=wider).run_decompositions()
+    assert program.module()(torch.randn(3, 65), *rest).shape == (3, 32), "a row of 65 is no multiple of 16 bytes"
 
 
 # --- the code that they become ---
@@ -135,6 +149,12 @@ def test_parts_are_read_where_they_are() -> None:
     code = code_of(_part())
     ((_, given),) = launches(code)
     assert given[:2] == inputs_of(code)[1::-1] and made_by(code) == ["(3, 528)"]
+
+
+@pytest.mark.parametrize("entry", [conv_template._ENTRY, state_template._ENTRY], ids=["convolution", "state"])
+def test_strides_may_be_sums(entry: str) -> None:
+    """That of a part of a row whose length is a symbol plus a number is written ``ks0 + 528``."""
+    assert "({{stride(" in entry and not re.search(r"[^(]\{\{stride\(", entry)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -205,17 +225,34 @@ def test_a_layers_step_is_three_kernels(groups: int) -> None:
     assert [name.partition("fused")[0] for name in names] == ["triton_tem_", "triton_tem_", "triton_per_"]
 
 
+def _order(code: str, name: str) -> list[str]:
+    """What a kernel reads, waits for and tells, in its order."""
+    source = kernel_source(code, name)
+    assert "'launch_pdl': True" in source
+    entry = source[source.index(f"def {name}(") :].partition("@triton.jit")[0]
+    return re.findall(r"tl\.load|read_(?:groups|page|head|token)\(|gdc_wait|gdc_launch_dependents", entry)
+
+
 def test_kernels_overlap_where_inductor_is_asked_for_that() -> None:
-    """Each waits before it reads anything, and lets the next one begin only then."""
+    """Each waits before it reads anything, and lets the next one begin once it has read all."""
     step = _layer_step(4)
     assert "gdc_" not in code_of(step)
     with config.patch("triton.enable_pdl", True):
         code = code_of(step)
     for name, _ in launches(code):
-        source = kernel_source(code, name)
-        assert "'launch_pdl': True" in source
-        calls = re.findall(r"tl\.load|gdc_wait|gdc_launch_dependents", source[source.index(f"def {name}(") :])
-        assert calls.index("gdc_wait") == 0 < calls.index("gdc_launch_dependents"), calls
+        wait, *reads, tell = _order(code, name)
+        assert (wait, tell) == ("gdc_wait", "gdc_launch_dependents")
+        assert len(reads) > 2 and not any(read.startswith("gdc") for read in reads)
+
+
+def test_no_kernel_begins_early_that_may_read_the_state() -> None:
+    """Inductor would not have it wait."""
+    step = _step()
+    place = next(i for i, t in enumerate(step.inputs) if t is step.arrange(*step.inputs)["conv_state"])
+    with config.patch("triton.enable_pdl", True):
+        code = code_of(replace(step, after=lambda y, *given: y.sum() + given[place].float().sum()))
+    order = _order(code, launches(code)[0][0])
+    assert order[0] == "gdc_wait" and "gdc_launch_dependents" not in order
 
 
 # --- that they compute the same, in the interpreter ---

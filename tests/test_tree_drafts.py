@@ -340,7 +340,7 @@ def test_what_cannot_run_a_tree_says_so() -> None:
     arguments = build(next(c for c in cases(SSU) if c.name == "tree_slots_by_token"))
     assert any("parents make them a tree" in reason for reason in check.why_not(OPS[SSU], "flashinfer", arguments))
     tensors, options = check.operator_arguments(SSU, arguments)
-    reasons = rule.why_not("triton", {**dict(zip(OPS[SSU].tensors, tensors, strict=True)), **options})
+    reasons = rule.RULES[SSU]("triton", OPS[SSU].named(tensors, options))
     assert "it is for one token a sequence, without parents" in reasons
 
 

@@ -26,7 +26,7 @@ _CONSTANTS = (
 )
 _CONFIG = ("SEQUENCES", "GROUPS", "num_warps")
 
-# As in the eager kernel, in its order.
+# As in the eager kernel, in its order. Where kernels overlap it waits and signals like the state's template.
 _ENTRY = r"""
 {% set optional = [("bias", HAS_BIAS), ("slots", HAS_INDICES)] %}
 {% set given = optional | selectattr(1) | map(attribute=0) | list %}
@@ -39,7 +39,6 @@ _ENTRY = r"""
     channel = group * GROUP + lane
 {% if OVERLAPS %}
     tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
 {% endif %}
     sequences = ()
     for i in tl.static_range(SEQUENCES):
@@ -49,7 +48,7 @@ _ENTRY = r"""
         slot = sequence
         valid = present
 {% if HAS_INDICES %}
-        slot = tl.load(slots + sequence * {{stride("slots", 0)}}).to(tl.int64)
+        slot = tl.load(slots + sequence * ({{stride("slots", 0)}})).to(tl.int64)
         valid = present & (slot != pad_slot_id)
 {% endif %}
         sequences += ((sequence, pages + slot * slot_stride, present, valid),)
@@ -61,7 +60,7 @@ _ENTRY = r"""
     tokens = ()
     for i in tl.static_range(SEQUENCES):
         sequence, page, present, valid = sequences[i]
-        tokens += (tl.load(x + sequence * {{stride("x", 0)}} + channel),)
+        tokens += (tl.load(x + sequence * ({{stride("x", 0)}}) + channel),)
     columns_of = ()
     for i in tl.static_range(SEQUENCES):
         sequence, page, present, valid = sequences[i]
@@ -78,6 +77,10 @@ _ENTRY = r"""
         # What follows may read by sequence alone: a whole tile, like the channels.
         nth = tl.full((GROUPS, GROUP), 0, INDEX_DTYPE) + sequence.to(INDEX_DTYPE)
         {{store_output(("nth", "channel"), "y", "there", indent_width=8, val_shape=("GROUPS", "GROUP"))}}
+{% if SIGNALS %}
+        if i == SEQUENCES - 1:
+            tl.extra.cuda.gdc_launch_dependents()
+{% endif %}
         write_page(
             page, columns, tokens[i], group, lane, inside & valid, column_stride, COLUMNS, COLUMNS_INNERMOST, GROUP
         )
@@ -85,7 +88,7 @@ _ENTRY = r"""
 
 
 def plan(nodes: Mapping[str, Any], arguments: Mapping[str, Any]) -> Plan:
-    """Works a launch out as in eager mode, see `plan.plan`."""
+    """Of a call, by the names of its arguments: as Inductor represents them, and as `as_tensor` makes them tensors."""
     tensors = [arguments[name] for name in operation(_NAME).tensors]
     x, state = arguments["x"], arguments["conv_state"]
     made = _eager.plan(*tensors, x.new_empty(x.shape), arguments["activation"], arguments["pad_slot_id"]).options

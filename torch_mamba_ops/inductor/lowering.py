@@ -18,12 +18,13 @@ from torch._inductor.lowering import (
     register_lowering,
 )
 from torch._inductor.select_algorithm import AlgorithmSelectorCache, TritonTemplate, autotune_select_algorithm
+from torch._inductor.virtualized import V
 
 from torch_mamba_ops.dispatch import operation
 from torch_mamba_ops.dispatch.op import Op
 
-from . import candidates, conv_template, flashinfer, scratch, template
-from .plan import Plan, as_tensor, plan
+from . import candidates, conv_template, flashinfer, scratch, state_template
+from .plan import Plan, as_tensor
 from .rule import RULES, overlaps_kernels
 
 _log = logging.getLogger("torch_mamba_ops.inductor")
@@ -56,8 +57,8 @@ class _Step:
 
 STEPS = (
     _Step(
-        operation("selective_state_update"), template.DECODE, template.TENSORS, template.ALWAYS, plan,
-        candidates.configs, flashinfer.append_choice,
+        operation("selective_state_update"), state_template.DECODE, state_template.TENSORS, state_template.ALWAYS,
+        state_template.plan, candidates.configs, flashinfer.append_choice,
     ),
     _Step(
         operation("causal_conv1d_update"), conv_template.CONVOLVE, conv_template.TENSORS, conv_template.ALWAYS,
@@ -98,9 +99,9 @@ def _template(step: _Step, given: Mapping[str, Any], made: Plan) -> Any:
     strides = ir.FlexibleLayout.contiguous_strides(size)
     layout = ir.FixedLayout(given["x"].get_device(), given["x"].get_dtype(), size, strides)
     overlaps = overlaps_kernels()
-    compare = step.configs is not None and config.max_autotune and not config.deterministic
+    configs = step.configs if config.max_autotune and not config.deterministic else None
     choices: list[Any] = []
-    for candidate in step.configs(made) if step.configs is not None and compare else [made.config]:
+    for candidate in [made.config] if configs is None else configs(made):
         error = step.template.maybe_append_choice(
             choices,
             input_nodes=nodes,
@@ -109,6 +110,7 @@ def _template(step: _Step, given: Mapping[str, Any], made: Plan) -> Any:
             call_sizes=made.sizes,
             triton_meta={"launch_pdl": True} if overlaps else None,
             OVERLAPS=overlaps,
+            SIGNALS=overlaps and not _state_is_read(step),
             **made.constants,
             **candidate,
         )
@@ -116,12 +118,35 @@ def _template(step: _Step, given: Mapping[str, Any], made: Plan) -> Any:
             _log.warning("%s: no template with %s: %s", made, candidate, error)
     if not choices:
         return _call(step, given)  # the same kernel, started from Python
-    if step.others is not None and compare:
+    if step.others is not None and configs is not None:
         step.others(choices, made, [step.tensors[name] for name in names], nodes, layout)
     if len(choices) == 1:
         _log.info("%s: %s", made, choices[0].description)
         return choices[0].output_node()
     return _fastest(made, choices, names, nodes, layout)
+
+
+def _state_is_read(step: _Step) -> bool:
+    """Whether another kernel of the graph may read the state. Inductor has a kernel wait for the one before it where it
+    reads that one's output, and does not count what a template mutates."""
+    templates = {other.op.overload for other in STEPS}
+    place, node = step.op.mutated[0], V.graph.current_node
+    state: Any = node.args[place] if place < len(node.args) else node.kwargs[step.op.tensors[place]]
+    while _is_view(state):
+        state = state.args[0]
+    waiting: list[torch.fx.Node] = [state]
+    while waiting:
+        node = waiting.pop()
+        for user in node.users:
+            if _is_view(user):
+                waiting.append(user)
+            elif user.op != "output" and user.target not in templates and user.args[:2] != (node, node):
+                return True  # all but a copy to itself, which stands for the update in place
+    return False
+
+
+def _is_view(node: torch.fx.Node) -> bool:
+    return bool(getattr(node.target, "is_view", False))
 
 
 def _fastest(made: Plan, choices: list[Any], names: Sequence[str], nodes: Sequence[Any], layout: Any) -> Any:

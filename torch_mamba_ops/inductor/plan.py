@@ -1,8 +1,11 @@
-"""What the eager kernel would be started with, worked out for tensors in Inductor's representation."""
+"""What an eager kernel would be started with, worked out for tensors in Inductor's representation.
+
+The templates' modules make it by the eager kernel's own plan, so that both run with the same config. A symbolic batch
+gets the config that the tables have for it.
+"""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +15,6 @@ from torch import Tensor
 from torch._inductor.utils import convert_to_symint
 from torch._inductor.virtualized import V
 
-from torch_mamba_ops.dispatch import operation
-
-from .template import CONSTANTS, FLAGS
-
-_NAME = "selective_state_update"
-_eager = importlib.import_module(f"torch_mamba_ops.ops.{_NAME}.triton")
 STAGES = 3  # Triton's default; a step has no loop to pipeline
 
 
@@ -49,25 +46,6 @@ class Plan:
     def __str__(self) -> str:
         state, x = self.state, self.arguments["x"]
         return f"{self.name}(state {state.dtype} {tuple(state.shape)}, x {x.dtype} {tuple(x.shape)})"
-
-
-def plan(nodes: Mapping[str, Any], arguments: Mapping[str, Any]) -> Plan:
-    """Works a launch out as in eager mode; a symbolic batch gets the config that the ladder has for it.
-
-    Args:
-        nodes: the operator's arguments by name, in Inductor's representation.
-        arguments: likewise, with what `as_tensor` makes of the tensors.
-    """
-    tensors = [arguments[name] for name in operation(_NAME).tensors]
-    options = [arguments[n] for n in ("dt_softplus", "pad_slot_id", "disable_state_update", "philox_rounds")]
-    x, state = arguments["x"], arguments["state"]
-    made = _eager.plan(*tensors, x.new_empty(x.shape), *options).options
-    config = {name: made[name] for name in ("BLOCK_P", "BLOCK_N", "num_warps")}
-    constants = {name: known(made[name]) for name in (*CONSTANTS, *FLAGS)}
-    constants |= {"WRITES": made["WRITE"] != "none", "MAMBA1": state.dim() == 3}
-    sizes = (nodes["x"].get_size()[0], constants["heads"], constants["head_dim"])
-    config |= {"num_stages": made.get("num_stages", STAGES)}
-    return Plan(_NAME, state, arguments, sizes, constants, config)
 
 
 def as_tensor(node: Any) -> Tensor:

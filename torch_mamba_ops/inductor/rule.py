@@ -54,7 +54,7 @@ def _convolution(backend: str, given: Mapping[str, Any]) -> list[str]:
     reasons = _reasons(backend, state, x, given, _SEVERAL_TOKENS["causal_conv1d_update"])
     if x.dim() != 2:
         reasons.append("it is for one token a sequence, and x has a length")
-    elif not is_dense(x, state, given["weight"], given["bias"]):
+    elif not reasons and not is_dense(x, state, given["weight"], given["bias"]):  # which guards strides that change
         reasons.append("it is for channels in vectors of 16 bytes, and some tensor is not laid out for that")
     return reasons
 

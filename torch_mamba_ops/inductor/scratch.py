@@ -20,7 +20,7 @@ def generators(names: Sequence[str], nodes: Sequence[Any], sequences: int) -> Ma
     """By the position among the template's inputs.
 
     Args:
-        names: of the inputs, as in ``template.TENSORS``.
+        names: of the inputs, as in ``state_template.TENSORS``.
         nodes: the inputs.
         sequences: of the batch. The pool holds one slot for each.
     """

@@ -25,7 +25,7 @@ def rms_norm_gated(
     groups = (channels // (group_size or channels), -1)
 
     def split(tensor: Tensor) -> Tensor:
-        """In groups to the end: Inductor takes a product of whole rows for a kernel of its own."""
+        """In groups to the end: joined before the weight is multiplied, they would be a second kernel of Inductor's."""
         return tensor.unflatten(-1, groups).float()
 
     y = split(x)
