@@ -355,11 +355,10 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def graphs(self, cuda_graphs: bool = False, **patches: bool) -> Graphs:
+    def graphs(self, cuda_graphs: bool = False, patches: dict[str, bool] | None = None) -> Graphs:
         """To compile with: CUDA graphs where there is such a device; tiny models are traced, and not compiled."""
         cuda = self.device.type == "cuda"
-        patches["triton.cudagraphs"] = cuda_graphs and cuda
-        return Graphs(patches, self.options.tiny and not cuda)
+        return Graphs({"triton.cudagraphs": cuda_graphs and cuda, **(patches or {})}, self.options.tiny and not cuda)
 
     def hurry(self) -> None:
         """Raises when nothing more should be prepared."""
@@ -612,7 +611,7 @@ def overlap(session: Session) -> list[Measure]:
             measures.append(_decode_step(session, "ours-pdl", batch))
             logits = []
             for overlaps in (False, True):
-                graphs = session.graphs(True, **{"triton.enable_pdl": overlaps, "deterministic": True})
+                graphs = session.graphs(True, {"triton.enable_pdl": overlaps, "deterministic": True})
                 run = torch.compile(step_of(session.model), backend=graphs, fullgraph=True, dynamic=False)
                 for _ in range(3):  # compiles, records, replays
                     result = run(*session._with(session.primed(batch), *session.token(batch)))
@@ -630,7 +629,7 @@ def _decode_step(session: Session, name: str, batch: int) -> Measure:
     cuda = session.device.type == "cuda"
     counters = torch._dynamo.utils.counters
     cache, token = session.primed(batch), session.token(batch)
-    graphs = session.graphs(True, **{"triton.enable_pdl": name == "ours-pdl"})
+    graphs = session.graphs(True, {"triton.enable_pdl": name == "ours-pdl"})
     run = torch.compile(step_of(session.model), backend=graphs, fullgraph=True, dynamic=False)
     skipped = counters["inductor"]["cudagraph_skips"]
     gc.collect()

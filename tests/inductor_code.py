@@ -173,6 +173,18 @@ def alone(op: str, case: Case, device: str = "cpu", **options: Any) -> Step:
     return Step(inputs, lambda *given: arguments | dict(zip(names, given, strict=True)), op=op)
 
 
+def followed(step: Step) -> Step:
+    """A gate after it, of powers of two: torch 2.13 rounds the output before that, 2.11 does not."""
+    x = step.arrange(*step.inputs)["x"]
+    powers = torch.randint(-2, 3, x.shape, device=x.device, generator=torch.Generator(x.device).manual_seed(1))
+    return replace(
+        step,
+        inputs=(*step.inputs, (-2.0 * 2.0**powers).to(x.dtype)),
+        arrange=lambda *given: step.arrange(*given[:-1]),
+        after=lambda y, *given: y * given[-1],
+    )
+
+
 def assert_step_right(step: Step, run: Callable[..., Tensor]) -> None:
     """Runs a step in some way and compares its result, and the state it leaves, with the equations."""
     inputs = tuple(copied(dict(enumerate(step.inputs))).values())
@@ -255,6 +267,14 @@ def saved_call(path: Path) -> Callable[..., Tensor]:
         return result
 
     return run
+
+
+def assert_compiles_to_a_template(step: Step) -> None:
+    """Its result is right, and one kernel's, which is the template's."""
+    run, codes = compile_step(step)
+    assert_step_right(step, run)
+    ((kernel, _),) = launches(codes[0])
+    assert kernel.startswith("triton_tem")
 
 
 def assert_one_graph(make: Callable[[int], Step]) -> None:

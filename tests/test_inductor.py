@@ -25,12 +25,14 @@ from inductor_code import (
     Step,
     alone,
     arguments_of,
+    assert_compiles_to_a_template,
     assert_no_spills,
     assert_one_graph,
     assert_step_right,
     code_of,
     compile_step,
     faked,
+    followed,
     inputs_of,
     inside_compile_fx,
     launches,
@@ -53,8 +55,6 @@ from torch_mamba_ops.ops.selective_state_update.cases import _Shape
 from torch_mamba_ops.testing import build, cases, copied
 from torch_mamba_ops.testing.check import GUARD
 
-triton = pytest.importorskip("triton")
-
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 SSU = "selective_state_update"
 SMALL = {case.name: case for case in cases(SSU)}
@@ -75,14 +75,7 @@ def _alone(case: Case, device: str = "cpu", **options: Any) -> Step:
 
 
 def _followed(case: Case, device: str = "cpu") -> Step:
-    """A gate outside the operator, of powers of two: torch 2.13 rounds the output before it, 2.11 does not."""
-    step, x = _alone(case, device), build(case, device)["x"]
-    powers = torch.randint(-2, 3, x.shape, device=device, generator=torch.Generator(device).manual_seed(1))
-    return Step(
-        (*step.inputs, (-2.0 * 2.0**powers).to(x.dtype)),
-        lambda *given: step.arrange(*given[:-1]),
-        lambda y, *given: y * given[-1],
-    )
+    return followed(_alone(case, device))
 
 
 def _views(case: Case, device: str = "cpu") -> Step:
@@ -373,18 +366,12 @@ def _model(state: torch.dtype = torch.float32, **changed: Any) -> Case:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", STEPS)
 def test_a_gpu_agrees_with_the_equations(name: str) -> None:
-    step = STEPS[name]("cuda")
-    run, codes = compile_step(step)
-    assert_step_right(step, run)
-    ((kernel, _),) = launches(codes[0])
-    assert kernel.startswith("triton_tem")
+    assert_compiles_to_a_template(STEPS[name]("cuda"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "around", [functools.partial(alone, SSU), _followed, _views], ids=["alone", "followed", "views"]
-)
+@pytest.mark.parametrize("around", [_alone, _followed, _views], ids=lambda around: around.__name__[1:])
 def test_a_gpu_agrees_with_the_equations_at_a_models_size(state: torch.dtype, around: Callable[..., Step]) -> None:
     step = around(_model(state), "cuda")
     assert_step_right(step, compile_step(step)[0])

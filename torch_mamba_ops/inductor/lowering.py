@@ -99,6 +99,7 @@ def _template(step: _Step, given: Mapping[str, Any], made: Plan) -> Any:
     strides = ir.FlexibleLayout.contiguous_strides(size)
     layout = ir.FixedLayout(given["x"].get_device(), given["x"].get_dtype(), size, strides)
     overlaps = overlaps_kernels()
+    signals = overlaps and not _state_is_read(step)
     configs = step.configs if config.max_autotune and not config.deterministic else None
     choices: list[Any] = []
     for candidate in [made.config] if configs is None else configs(made):
@@ -110,7 +111,7 @@ def _template(step: _Step, given: Mapping[str, Any], made: Plan) -> Any:
             call_sizes=made.sizes,
             triton_meta={"launch_pdl": True} if overlaps else None,
             OVERLAPS=overlaps,
-            SIGNALS=overlaps and not _state_is_read(step),
+            SIGNALS=signals,
             **made.constants,
             **candidate,
         )

@@ -40,7 +40,8 @@ def install() -> None:
 
 def _state_update(backend: str, given: Mapping[str, Any]) -> list[str]:
     state, x = given["state"], given["x"]
-    reasons = _reasons(backend, state, x, given, _SEVERAL_TOKENS["selective_state_update"])
+    several = "cu_seqlens", "num_accepted_tokens", "intermediate_states_buffer", "intermediate_state_indices", "parents"
+    reasons = _reasons(backend, state, x, given, several)
     if x.dim() != state.dim() - 1:
         reasons.append("it is for one token a sequence, and x has a length")
     for name in ("state_batch_indices", "dst_state_batch_indices"):
@@ -51,7 +52,8 @@ def _state_update(backend: str, given: Mapping[str, Any]) -> list[str]:
 
 def _convolution(backend: str, given: Mapping[str, Any]) -> list[str]:
     state, x = given["conv_state"], given["x"]
-    reasons = _reasons(backend, state, x, given, _SEVERAL_TOKENS["causal_conv1d_update"])
+    several = "cache_seqlens", "num_accepted_tokens", "query_start_loc", "parents"
+    reasons = _reasons(backend, state, x, given, several)
     if x.dim() != 2:
         reasons.append("it is for one token a sequence, and x has a length")
     elif not reasons and not is_dense(x, state, given["weight"], given["bias"]):  # which guards strides that change
@@ -64,12 +66,6 @@ def _convolution(backend: str, given: Mapping[str, Any]) -> list[str]:
 RULES: dict[str, Callable[[str, Mapping[str, Any]], list[str]]] = {
     "selective_state_update": _state_update,
     "causal_conv1d_update": _convolution,
-}
-_SEVERAL_TOKENS = {
-    "selective_state_update": (
-        *("cu_seqlens", "num_accepted_tokens", "intermediate_states_buffer", "intermediate_state_indices", "parents"),
-    ),
-    "causal_conv1d_update": ("cache_seqlens", "num_accepted_tokens", "query_start_loc", "parents"),
 }
 
 
