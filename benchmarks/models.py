@@ -7,6 +7,8 @@ compile  Seconds of the first calls (prefill of two lengths by one graph, one de
 prefill  Ten lengths up to 32,768 tokens: how many graphs, and the time of 8,192 tokens.
 decode   Batches 1, 16, 64 and 256 with CUDA graphs: graphs, graphs skipped, states cloned, and the bytes of weights and
          states (keys and values too) over the time of a step, against what a copy on the device moves.
+tuned    Batch 1 of decode once more, with what ``mode="max-autotune"`` sets and kernels as in ``overlap``: products of one
+         row are then written by Inductor, its configs chosen by the clock.
 overlap  Batches 1 and 64 of decode once more, with kernels that begin before the one before them ends (Inductor's
          ``triton.enable_pdl``): the time, and whether the logits are those of kernels in turn, bit for bit, both
          compiled without choosing by time.
@@ -72,7 +74,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 BATCHES = (1, 64, 16, 256)
 LENGTHS = (512, 1000, 768, 1536, 2048, 3001, 4096, 8192, 16384, 32768)
 ROOM = 128  # tokens in the cache of a decode benchmark, and after the prompt of a prefill
-PARTS = ("compile", "prefill", "decode", "overlap", "check", "peers", "first", "export", "train")
+PARTS = ("compile", "prefill", "decode", "tuned", "overlap", "check", "peers", "first", "export", "train")
 Options = argparse.Namespace
 
 # --- models ---
@@ -594,6 +596,11 @@ def _try_prefill(session: Session, name: str, once: Callable[[int], Tensor]) -> 
         _time_prefill(session, name, once)
 
 
+OVERLAP = {"triton.enable_pdl": True}
+# Of Inductor, by contender.
+OPTIONS = {"ours-pdl": OVERLAP, "ours-tuned": torch._inductor.list_mode_options("max-autotune") | OVERLAP}
+
+
 def decode_steps(session: Session) -> list[Measure]:
     """Each batch has its own graph."""
     measures: list[Measure] = []
@@ -601,6 +608,11 @@ def decode_steps(session: Session) -> list[Measure]:
         with _left_out(session, f"decode, batch {batch}"):
             measures.append(_decode_step(session, "ours", batch))
     return measures
+
+
+def tuned(session: Session) -> list[Measure]:
+    """The step of one sequence once more."""
+    return [_decode_step(session, "ours-tuned", 1)]
 
 
 def overlap(session: Session) -> list[Measure]:
@@ -629,7 +641,7 @@ def _decode_step(session: Session, name: str, batch: int) -> Measure:
     cuda = session.device.type == "cuda"
     counters = torch._dynamo.utils.counters
     cache, token = session.primed(batch), session.token(batch)
-    graphs = session.graphs(True, {"triton.enable_pdl": name == "ours-pdl"})
+    graphs = session.graphs(True, OPTIONS.get(name))
     run = torch.compile(step_of(session.model), backend=graphs, fullgraph=True, dynamic=False)
     skipped = counters["inductor"]["cudagraph_skips"]
     gc.collect()
@@ -1054,6 +1066,7 @@ PREPARE: dict[str, Callable[[Session], list[Measure]]] = {
     "compile": compile_times,
     "prefill": prefill,
     "decode": decode_steps,
+    "tuned": tuned,
     "overlap": overlap,
     "check": check,
     "peers": peers,

@@ -96,6 +96,17 @@ def _views(case: Case, device: str = "cpu") -> Step:
     return Step((pool, joined, *(arguments[name] for name in names)), arrange)
 
 
+def _computed_views(case: Case, device: str = "cpu") -> Step:
+    """The same parts, of a tensor that the graph computes."""
+    step = _views(case, device)
+    pool, joined, *given = step.inputs
+
+    def arrange(pool: Tensor, doubled: Tensor, *given: Tensor) -> Arguments:
+        return step.arrange(pool, doubled / 2, *given)
+
+    return replace(step, inputs=(pool, joined * 2, *given), arrange=arrange)
+
+
 STEPS: dict[str, Callable[[str], Step]] = {
     **{name: functools.partial(_alone, SMALL[name]) for name in COVERED},
     **{
@@ -229,6 +240,24 @@ def test_views_are_read_and_written_where_they_are() -> None:
     code = code_of(_views(MODEL))
     ((_, given),) = launches(code)
     assert given[:2] == inputs_of(code)[:2] and made_by(code) == ["(5, 8, 64)"]
+
+
+def test_parts_of_what_is_computed_are_views_of_it() -> None:
+    (_, computes), (kernel, reads) = launches(code_of(_computed_views(SMALL["slots_with_padding"])))
+    assert "tem_fused" in kernel
+    assert computes[1] in reads
+
+
+def test_a_small_part_is_computed_without_the_rest() -> None:
+    step = _views(SMALL["slots_with_padding"])
+    pool, joined, *given = step.inputs
+    batch, width = joined.shape
+
+    def arrange(pool: Tensor, rows: Tensor, *given: Tensor) -> Arguments:
+        return step.arrange(pool, (rows * 2).narrow(0, 0, batch), *given)
+
+    made = made_by(code_of(replace(step, inputs=(pool, joined.repeat(8, 1), *given), arrange=arrange)))
+    assert made and f"({8 * batch}, {width})" not in made
 
 
 @pytest.mark.parametrize("name", [case.name for case in cases(SSU, "model")])
@@ -371,7 +400,7 @@ def test_a_gpu_agrees_with_the_equations(name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("around", [_alone, _followed, _views], ids=lambda around: around.__name__[1:])
+@pytest.mark.parametrize("around", [_alone, _followed, _views, _computed_views], ids=lambda around: around.__name__[1:])
 def test_a_gpu_agrees_with_the_equations_at_a_models_size(state: torch.dtype, around: Callable[..., Step]) -> None:
     step = around(_model(state), "cuda")
     assert_step_right(step, compile_step(step)[0])

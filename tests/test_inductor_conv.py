@@ -81,6 +81,17 @@ def _part(device: str = "cpu", **changed: Any) -> Step:
     return Step((joined, pools, *(arguments[name] for name in names)), arrange, op=CONV)
 
 
+def _projected(device: str = "cpu") -> Step:
+    """The same, where the graph computes the projection. Inductor pads its rows, which are no multiple of 128 bytes."""
+    step = _part(device, dim=2064)
+    joined, *given = step.inputs
+
+    def arrange(joined: Tensor, weight: Tensor, *given: Tensor) -> dict[str, Any]:
+        return step.arrange(joined @ weight, *given)
+
+    return replace(step, inputs=(joined, torch.eye(joined.shape[1]).to(joined), *given), arrange=arrange)
+
+
 STEPS: dict[str, Callable[[str], Step]] = {
     **{name: functools.partial(alone, CONV, SMALL[name]) for name in COVERED},
     "padding": lambda device: _step(device, slots=(6, -1, 3)),
@@ -143,6 +154,13 @@ def test_parts_are_read_where_they_are() -> None:
     code = code_of(_part())
     ((_, given),) = launches(code)
     assert given[:2] == inputs_of(code)[1::-1] and made_by(code) == ["(3, 528)"]
+
+
+def test_rows_that_inductor_pads_are_read_where_they_are() -> None:
+    code = code_of(_projected())
+    ((_, given),) = launches(code)
+    padded = re.search(r"(\w+) = empty_strided_cuda\(\(3, 4144\), \(4160, 1\)", code)
+    assert padded is not None and given[1] == padded[1]
 
 
 @pytest.mark.parametrize("entry", [conv_template._ENTRY, state_template._ENTRY], ids=["convolution", "state"])
@@ -273,6 +291,11 @@ def test_the_interpreter_agrees_with_the_equations(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", STEPS)
 def test_a_gpu_agrees_with_the_equations(name: str) -> None:
     assert_compiles_to_a_template(STEPS[name]("cuda"))
+
+
+@pytest.mark.gpu
+def test_a_gpu_reads_padded_rows() -> None:
+    assert_compiles_to_a_template(_projected("cuda"))
 
 
 @pytest.mark.gpu

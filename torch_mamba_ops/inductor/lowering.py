@@ -11,12 +11,7 @@ from typing import Any
 
 import torch
 from torch._inductor import config, ir
-from torch._inductor.lowering import (
-    add_layout_constraint,
-    constrain_to_fake_tensors,
-    fallback_handler,
-    register_lowering,
-)
+from torch._inductor.lowering import add_layout_constraint, fallback_handler, register_lowering
 from torch._inductor.select_algorithm import AlgorithmSelectorCache, TritonTemplate, autotune_select_algorithm
 from torch._inductor.virtualized import V
 
@@ -24,6 +19,7 @@ from torch_mamba_ops.dispatch import operation
 from torch_mamba_ops.dispatch.op import Op
 
 from . import candidates, conv_template, flashinfer, scratch, state_template
+from .inputs import constrain, realized
 from .plan import Plan, as_tensor
 from .rule import RULES, overlaps_kernels
 
@@ -68,9 +64,9 @@ STEPS = (
 
 
 def register() -> None:
-    """Makes `lower` the operators' lowering; inputs keep the strides they were traced with, as without a lowering."""
+    """Makes `lower` the operators' lowering."""
     for step in STEPS:
-        add_layout_constraint(step.op.overload, constrain_to_fake_tensors)
+        add_layout_constraint(step.op.overload, functools.partial(constrain, step.op))
         register_lowering(step.op.overload, type_promotion_kind=None)(functools.partial(lower, step))
 
 
@@ -80,7 +76,7 @@ def lower(step: _Step, *tensors: Any, **options: Any) -> Any:
     given = dict(zip(names, tensors, strict=False)) | options  # a graph may name tensors, too
     backend = step.op.resolve(given["backend"]).name
     if backend == "triton":
-        given |= {name: _realized(given[name]) for name in names if given[name] is not None}
+        given |= {name: realized(given[name]) for name in names if given[name] is not None}
         arguments = given | {name: as_tensor(given[name]) for name in names if given[name] is not None}
         if not RULES[step.op.name](backend, arguments):
             return _template(step, given, step.plan(given, arguments))
@@ -169,9 +165,3 @@ def _fastest(made: Plan, choices: list[Any], names: Sequence[str], nodes: Sequen
     result, choice = found if isinstance(found, tuple) else (found, choices[0])
     _log.info("%s: %s %s, the fastest of %d", made, choice.name, choice.description, len(choices))
     return result
-
-
-def _realized(value: Any) -> Any:
-    node = ir.ExternKernel.realize_input(value)
-    node.freeze_layout()
-    return node

@@ -200,7 +200,9 @@ def _causal_conv1d_update(
     activation: str | None = None,
 ) -> Tensor:
     with torch.no_grad():  # models also decode outside of it, and nothing differentiates through a cache
-        return ops.causal_conv1d_update(hidden_states, conv_state, weight, bias, activation)
+        # Models step by one token and say so as a length of 1; Inductor's template is for x without one.
+        out = ops.causal_conv1d_update(hidden_states.squeeze(-1), conv_state, weight, bias, activation)
+        return out.view(hidden_states.shape)
 
 
 def _selective_state_update(

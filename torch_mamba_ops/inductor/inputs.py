@@ -1,0 +1,51 @@
+"""How an operator's inputs lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import constrain_to_fake_tensors
+from torch._inductor.virtualized import V
+
+from torch_mamba_ops.dispatch.op import Op
+
+_WORTHWHILE = 4  # of so many equal parts of a tensor that is not computed yet, one makes it worth to compute all
+
+
+def constrain(op: Op, node: torch.fx.Node, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The operator's layout constraint: strides as they were traced, for the states and for other backends' calls.
+
+    The Triton kernels take any strides. Inductor pads rows, of matrix products above all: slices of one, copied to the
+    traced strides, would be a kernel each.
+    """
+    if "eager_input_vals" not in node.meta:  # inserted by a pass, which may choose, as for torch's own constraint
+        return args, kwargs
+    names = (*op.tensors, *op.options, "backend")
+    positional, named = node.meta["eager_input_vals"]
+    traced: Mapping[str, Any] = dict(zip(names, positional, strict=False)) | named
+    if op.resolve(kwargs["backend"]).name == "triton":
+        states = [op.tensors[place] for place in op.mutated]
+        traced = {name: traced[name] for name in states}
+    places = [traced.get(name) for name in names[: len(args)]]
+    made: tuple[tuple[Any, ...], dict[str, Any]] = constrain_to_fake_tensors(
+        args, kwargs, places, {name: traced.get(name) for name in kwargs}
+    )
+    return made
+
+
+def realized(value: Any) -> Any:
+    """In memory, laid out for good. A view of what is still to be computed remains one, unless it is a small part."""
+    view = value.data
+    node = ir.ExternKernel.copy_input(value) if _is_small_part(view) else ir.ExternKernel.realize_input(value)
+    node.freeze_layout()
+    return node
+
+
+def _is_small_part(view: Any) -> bool:
+    if not isinstance(view, ir.BaseView) or ir.is_storage_and_layout(whole := view.unwrap_view()):
+        return False
+    part = _WORTHWHILE * view.get_numel()
+    return not V.graph.sizevars.statically_known_leq(whole.get_numel(), part)
