@@ -7,8 +7,8 @@ compile  Seconds of the first calls (prefill of two lengths by one graph, one de
 prefill  Ten lengths up to 32,768 tokens: how many graphs, and the time of 8,192 tokens.
 decode   Batches 1, 16, 64 and 256 with CUDA graphs: graphs, graphs skipped, states cloned, and the bytes of weights and
          states (keys and values too) over the time of a step, against what a copy on the device moves.
-tuned    Batch 1 of decode once more, with what ``mode="max-autotune"`` sets and kernels as in ``overlap``: products of one
-         row are then written by Inductor, its configs chosen by the clock.
+tuned    Batch 1 of decode once more, with what ``mode="max-autotune"`` sets and kernels as in ``overlap``: products of
+         one row are then written by Inductor, its configs chosen by the clock.
 overlap  Batches 1 and 64 of decode once more, with kernels that begin before the one before them ends (Inductor's
          ``triton.enable_pdl``): the time, and whether the logits are those of kernels in turn, bit for bit, both
          compiled without choosing by time.
