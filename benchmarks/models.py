@@ -75,6 +75,7 @@ BATCHES = (1, 64, 16, 256)
 LENGTHS = (512, 1000, 768, 1536, 2048, 3001, 4096, 8192, 16384, 32768)
 ROOM = 128  # tokens in the cache of a decode benchmark, and after the prompt of a prefill
 PARTS = ("compile", "prefill", "decode", "tuned", "overlap", "check", "peers", "first", "export", "train")
+PEERS = ("untouched", "mamba_ssm")
 Options = argparse.Namespace
 
 # --- models ---
@@ -777,7 +778,7 @@ def peers(session: Session) -> list[Measure]:
     found = packaged(session.model)
     session.record("peers", "functions that are a package's", len(found), "functions", contender="untouched",
                    note=", ".join(found) or "all is transformers' reference")  # fmt: skip
-    for name in ("untouched", "mamba_ssm"):
+    for name in session.options.peers:
         if name == "mamba_ssm":
             with _left_out(session, "mamba_ssm"):
                 importlib.import_module("mamba_ssm.ops.triton.selective_state_update")
@@ -1222,7 +1223,8 @@ def _passed(options: Options, name: str) -> list[str]:
         *("--models", name, "--parts", *options.parts, "--layers", str(options.layers), "--device", options.device),
         *("--compile-bar", str(options.compile_bar), "--kernels", str(options.kernels)),
         *(f"--{flag}" for flag in flags),
-        *(("--batches", *map(str, options.batches))),
+        *("--batches", *map(str, options.batches)),
+        *("--peers", *options.peers),
     ]
 
 
@@ -1234,6 +1236,7 @@ def _parsed() -> Options:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "models.csv")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batches", nargs="*", type=int, default=list(BATCHES), help="of decode")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS, help="who is measured in part peers")
     parser.add_argument("--tiny", action="store_true", help="tiny models, short prompts: to try the script itself")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, four lengths")
     parser.add_argument("--jobs", type=int, default=4, help="models that prepare at the same time")
