@@ -232,6 +232,13 @@ def build(config: Any, dtype: torch.dtype, device: torch.device, **more: Any) ->
     return model.requires_grad_(False)
 
 
+def _experts_in_float32(model: Any) -> None:
+    """By torch's operators. The default for float32 asks the host how many tokens each expert has, and is an operator of
+    transformers', which a package could not run."""
+    if getattr(model.config, "num_local_experts", 0):
+        model.set_experts_implementation("batched_mm")
+
+
 def fresh(config: Any, length: int) -> Any:
     """A cache that the next prefill fills."""
     return importlib.import_module("transformers").StaticCache(config=config, max_cache_len=length)
@@ -983,6 +990,7 @@ def packages(session: Session) -> list[Measure]:
     # On a GPU, exporting scaled_dot_product_attention ties the length to a multiple of 8 (torch 2.11).
     # In float32, as two tokens of random weights are often too close to call in bfloat16.
     model = build(config, F32, session.device, attn_implementation="eager")
+    _experts_in_float32(model)
     prompts = [torch.randint(3, config.vocab_size, (1, length), device=session.device) for length in (40, 77)]
     step = step_of(model)
     with tempfile.TemporaryDirectory(prefix="torch_mamba_ops_models_") as temporary:
@@ -1032,8 +1040,7 @@ def train(session: Session) -> list[Measure]:
     """A small model in float32: loss and gradients, compiled with our operations, against the untouched model's."""
     config = session.description.make(0 if session.layers < 4 else 4, True)
     model = build(config, F32, session.device).train().requires_grad_(True)
-    if getattr(config, "num_local_experts", 0):  # the default asks the host how many tokens each float32 expert has
-        model.set_experts_implementation("batched_mm")
+    _experts_in_float32(model)
     ids = torch.randint(3, config.vocab_size, (2, 96), device=session.device)
 
     def loss_of(ids: Tensor) -> Tensor:
