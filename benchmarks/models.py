@@ -233,8 +233,8 @@ def build(config: Any, dtype: torch.dtype, device: torch.device, **more: Any) ->
 
 
 def _experts_in_float32(model: Any) -> None:
-    """By torch's operators. The default for float32 asks the host how many tokens each expert has, and is an operator of
-    transformers', which a package could not run."""
+    """By torch's operators. The default for float32 asks the host how many tokens each expert has, by an operator of
+    transformers' that a package cannot run."""
     if getattr(model.config, "num_local_experts", 0):
         model.set_experts_implementation("batched_mm")
 
