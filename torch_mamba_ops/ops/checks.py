@@ -26,12 +26,22 @@ def check_tensor(
     """Checks type, shape, device and dtype of a tensor; ``meaning`` names the dimensions, e.g. ``[batch, heads]``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor {meaning}")
-    if tensor.shape != tuple(shape):
+    if not _same(tensor.shape, shape):
         raise ValueError(f"{name}: got shape {_listed(tensor.shape)}, expected {meaning} = {_listed(shape)}")
     if tensor.device != device:
         raise ValueError(f"{name}: got device {tensor.device}, expected {device}, where the other tensors are")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}")
+
+
+def _same(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """By number: Dynamo inlines three functions to compare two tuples, a twentieth of its time for a model's step."""
+    if len(shape) != len(other):
+        return False
+    for size, wanted in zip(shape, other, strict=True):  # noqa: SIM110 - a generator would be inlined, too
+        if size != wanted:
+            return False
+    return True
 
 
 def has_values(tensor: Tensor) -> bool:
