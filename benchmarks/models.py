@@ -943,6 +943,7 @@ class Decode(torch.nn.Module):
 PACKAGES = ("prefill.pt2", "decode.pt2")
 _ALONE = """
 import json, sys, time, torch
+import torch._inductor.package  # seconds once a process, and no part of loading
 prefill, decode, prompts, told = sys.argv[1:]
 began = time.perf_counter()
 prefill, decode = (torch._inductor.aoti_load_package(path) for path in (prefill, decode))
@@ -1228,7 +1229,7 @@ class Child:
             timer.cancel()
 
     def measure(self, until: float) -> None:
-        """Lets it measure, against the fastest copy of those before it: a device that was idle is slower for a while."""
+        """Lets it measure, against the fastest copy so far: a device that was idle is slower for a while."""
         assert self.process.stdin is not None
         copies = [float(row["value"]) for row in self.table.rows if row["part"] == "copy"]
         self.process.stdin.write(f"{max(copies, default=0) * 1e12}\n")
