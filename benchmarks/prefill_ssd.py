@@ -47,7 +47,8 @@ Step = Callable[[Arguments], Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """A prefill of ``sequences`` of ``length`` tokens, from states and to states of a pool if ``pool``."""
+    """A prefill of ``sequences`` of ``length`` tokens, from states and to states of a pool if ``pool``. Heads decay
+    little in a chunk or, if ``steep``, as Mamba2 initialises them: some forget all within a few tokens."""
 
     name: str
     heads: int
@@ -58,6 +59,7 @@ class Problem:
     head_dim: int = 64
     state: int = 128
     chunk: int = 256
+    steep: bool = False
 
     @property
     def key(self) -> str:
@@ -85,14 +87,18 @@ class Problem:
         row = torch.randn(self.tokens, inner + 2 * shared, device="cuda", dtype=BF16)
         x, B, C = row.split([inner, shared, shared], -1)
         starts = torch.arange(0, self.tokens + 1, self.length, device="cuda", dtype=torch.int32)
+        rate, bias = torch.rand(self.heads, device="cuda") + 1, torch.rand(self.heads, device="cuda") - 4
+        if self.steep:
+            rate = torch.empty_like(rate).uniform_(1, 16)
+            bias = torch.empty_like(bias).uniform_(math.log(1e-3), math.log(1e-1)).exp().expm1().log()
         return {
             "x": x.unflatten(-1, (self.heads, self.head_dim)),
             "dt": torch.randn(self.tokens, self.heads, device="cuda", dtype=BF16),
-            "A": -torch.rand(self.heads, device="cuda") - 1,
+            "A": -rate,
             "B": B.unflatten(-1, (self.groups, self.state)),
             "C": C.unflatten(-1, (self.groups, self.state)),
             "D": torch.randn(self.heads, device="cuda"),
-            "dt_bias": torch.rand(self.heads, device="cuda") - 4,
+            "dt_bias": bias,
             "cu_seqlens": starts,
             "states": torch.randn(self.sequences, self.heads, self.head_dim, self.state, device="cuda"),
             "has_initial_state": torch.full((self.sequences,), self.pool, device="cuda"),
@@ -116,6 +122,7 @@ PROBLEMS = (
     Problem("H128_G8_64k", 128, 8, 65536),
     Problem("H80_G1_64k", 80, 1, 65536),
     Problem("H128_G8_16x512", 128, 8, 512, sequences=16, pool=True),
+    Problem("H128_G8_8k_steep", 128, 8, 8192, steep=True),
 )
 WIDER = (
     Problem("H128_P80_8k", 128, 8, 8192, head_dim=80),
@@ -284,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "prefill_ssd.csv")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--cases", nargs="*", help="default: the four of the results; with --sweep, all")
+    parser.add_argument("--cases", nargs="*", help="default: those of the results; with --sweep, all")
     parser.add_argument("--sweep", type=Path, metavar="TABLE", help="write a table of configs, <card>.json")
     options = parser.parse_args()
     run = decode.Run(options.quick, False, False)
