@@ -77,6 +77,9 @@ ROOM = 128  # tokens in the cache of a decode benchmark, and after the prompt of
 PARTS = ("compile", "prefill", "decode", "tuned", "overlap", "check", "peers", "first", "export", "train")
 PEERS = ("untouched", "mamba_ssm")
 Options = argparse.Namespace
+OVERLAP = {"triton.enable_pdl": True}
+# Of Inductor, by contender.
+OPTIONS = {"ours-pdl": OVERLAP, "ours-tuned": torch._inductor.list_mode_options("max-autotune") | OVERLAP}
 
 # --- models ---
 
@@ -358,7 +361,6 @@ class Session:
         self.caches: dict[int, Any] = {}
         self.compiled: dict[str, Callable[..., Tensor]] = {}
         self.prefills: dict[str, Callable[[int], Tensor]] = {}  # to be timed, by contender
-        self.rate = math.nan
         self.prepare_until = time.monotonic() + options.prepare
 
     def wait(self) -> None:
@@ -385,11 +387,10 @@ class Session:
         tokens: int = 1, bar: str = "", note: str = "",
     ) -> None:  # fmt: skip
         """One number, and whether it is inside its bar (``<=3``, ``>=80``)."""
-        met = "" if not bar else str({"<=": value <= float(bar[2:]), ">=": value >= float(bar[2:])}[bar[:2]])
         row = {
             "model": self.description.name, "layers": self.layers, "part": part, "what": what, "contender": contender,
-            "batch": batch, "tokens": tokens, "value": f"{value:.6g}", "unit": unit, "bar": bar, "met": met,
-            "note": note,
+            "batch": batch, "tokens": tokens, "value": f"{value:.6g}", "unit": unit, "bar": bar,
+            "met": _met(value, bar), "note": note,
         }  # fmt: skip
         print("ROW " + json.dumps(row), flush=True)
 
@@ -423,6 +424,10 @@ class Session:
     def token(self, batch: int, position: int = 16) -> tuple[Tensor, Tensor]:
         """One token a sequence, and where it stands."""
         return self.ids(batch, 1)[0], torch.full((batch, 1), position, device=self.device)
+
+
+def _met(value: float, bar: str) -> str:
+    return "" if not bar else str({"<=": value <= float(bar[2:]), ">=": value >= float(bar[2:])}[bar[:2]])
 
 
 def rewind(cache: Any, length: int = 16) -> None:
@@ -613,11 +618,6 @@ def _time_prefills(session: Session) -> None:
             session.record("prefill", f"times as fast as {name}", took / medians["ours"], "x", tokens=timed, bar=bar)
 
 
-OVERLAP = {"triton.enable_pdl": True}
-# Of Inductor, by contender.
-OPTIONS = {"ours-pdl": OVERLAP, "ours-tuned": torch._inductor.list_mode_options("max-autotune") | OVERLAP}
-
-
 def decode_steps(session: Session) -> list[Measure]:
     """Each batch has its own graph."""
     measures: list[Measure] = []
@@ -705,7 +705,7 @@ def _decode_step(session: Session, name: str, batch: int) -> Measure:
             bar = {1: ">=80", 64: ">=70"}.get(batch, "") if ours and cuda else ""
             record("time", took * 1e3, "ms", note=f"{bytes_moved} bytes")
             if cuda:
-                record("bandwidth", 100 * bytes_moved / took / session.rate, "% of copy", bar)
+                record("bandwidth", 1e-12 * bytes_moved / took, "TB/s", note=bar)
             if cuda and batch in (1, 64):
                 launches, busy = profile(session, f"{name}, decode, batch {batch}", once)
                 record("CUDA graphs launched", launches, "a step", ">=1" if ours else "")
@@ -1149,11 +1149,11 @@ def child(options: Options) -> None:
         session.say(f"{part}: prepared in {time.perf_counter() - began:.0f} s")
     signal.setitimer(signal.ITIMER_REAL, 0)
     print("READY", flush=True)
-    fastest = float(sys.stdin.readline())
+    sys.stdin.readline()
     if session.device.type == "cuda":
-        session.rate = max(fastest, decode.copy_rate(decode.Run(True, False, False)))
+        rate = decode.copy_rate(decode.Run(True, False, False))
         _release(session)
-        session.record("copy", "bandwidth of the fastest copy so far", session.rate * 1e-12, "TB/s", contender="copy")
+        session.record("copy", "bandwidth of a copy", rate * 1e-12, "TB/s", contender="copy")
     for measure in measures:
         with _left_out(session, f"measuring in {getattr(measure, '__qualname__', '').partition('.')[0]}"):
             measure()
@@ -1185,6 +1185,20 @@ class Table:
             self.rows.append(full)
             self._writer.writerow(full)
             self._file.flush()
+
+    def compare(self) -> None:
+        """Bandwidths in percent of the run's fastest copy: a device that was idle is slower for a while."""
+        copies = [float(row["value"]) for row in self.rows if row["part"] == "copy"]
+        for row in self.rows:
+            if row["what"] == "bandwidth" and copies:
+                percent, bar = 100 * float(row["value"]) / max(copies), row["note"]
+                row |= {"value": f"{percent:.6g}", "unit": "% of copy", "bar": bar, "met": _met(percent, bar)}
+                row["note"] = f"of {max(copies):.4g} TB/s, the fastest copy of the run"
+        self._file.seek(0)
+        self._file.truncate()
+        self._writer.writeheader()
+        self._writer.writerows(self.rows)
+        self._file.flush()
 
 
 def _text(row: dict[str, Any]) -> str:
@@ -1229,10 +1243,9 @@ class Child:
             timer.cancel()
 
     def measure(self, until: float) -> None:
-        """Lets it measure, against the fastest copy so far: a device that was idle is slower for a while."""
+        """Lets it measure."""
         assert self.process.stdin is not None
-        copies = [float(row["value"]) for row in self.table.rows if row["part"] == "copy"]
-        self.process.stdin.write(f"{max(copies, default=0) * 1e12}\n")
+        self.process.stdin.write("go\n")
         self.process.stdin.flush()
         self.follow(until, False)
 
@@ -1301,9 +1314,10 @@ def main() -> int:
             ready = list(pool.map(lambda one, until=until: one.follow(until, True), together))
         for one in (one for one, is_ready in zip(together, ready, strict=True) if is_ready):
             one.measure(now + share)
-    print("\nleft out or missed:")
+    table.compare()
+    print("\nin percent of a copy, left out or missed:")
     for row in table.rows:
-        if row["met"] == "False" or row["part"] == "left out":
+        if row["met"] == "False" or row["part"] == "left out" or row["what"] == "bandwidth":
             print(_text(row))
     missed = sum(row["met"] == "False" for row in table.rows)
     print(f"{len(table.rows)} rows, {missed} bars missed, {time.monotonic() - began:.0f} s")

@@ -44,6 +44,7 @@ from inductor_code import (
 )
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_mamba_ops as tmo
@@ -248,6 +249,42 @@ def test_parts_of_what_is_computed_are_views_of_it() -> None:
     assert computes[1] in reads
 
 
+class _OfAComputedPool(Step):
+    """Some slots of a pool that the graph computes and uses again."""
+
+    def __call__(self, pool: Tensor, *given: Tensor) -> Any:
+        pool = pool * 2
+        slots = pool.narrow(0, 3, 5)
+        return tmo.selective_state_update(slots, *given, backend="triton"), pool.sum(-1)
+
+
+@pytest.mark.parametrize("constraint", ["needs_fixed_stride_order", "flexible_layout"])
+def test_a_state_that_the_graph_computes_is_updated_where_it_is(constraint: str) -> None:
+    shapes = (100, 8, 64, 128), (5, 8, 64), (5, 8), (8,), (5, 1, 128), (5, 1, 128)
+    step = _OfAComputedPool(tuple(map(torch.empty, shapes)), lambda *_: {})
+    with functorch_config.patch(custom_op_default_layout_constraint=constraint):
+        (_, computes), (update, updates), (_, sums) = launches(code_of(step))
+    assert "tem_fused" in update and computes[1] == updates[0] == sums[0]
+
+
+class _OfAPoolInAnotherOrder(Step):
+    """A view in eager mode, and none of what Inductor computes, which lies in the order of its dimensions."""
+
+    def __call__(self, pool: Tensor, *given: Tensor) -> Any:
+        pool = pool.mT * 2
+        state = pool.mT.view(5, 8, 64, 128)
+        return tmo.selective_state_update(state, *given, backend="triton"), pool.sum(-1)
+
+
+def test_a_state_that_has_to_be_copied_is_copied_back() -> None:
+    shapes = (5, 8, 32, 256), (5, 8, 64), (5, 8), (8,), (5, 1, 128), (5, 1, 128)
+    step = _OfAPoolInAnotherOrder(tuple(map(torch.empty, shapes)), lambda *_: {})
+    kernels = launches(code_of(step))
+    update = next(i for i, (name, _) in enumerate(kernels) if "tem_fused" in name)
+    (*_, (_, (copied_back, *_))) = kernels
+    assert any(copied_back in given for _, given in kernels[update + 1 : -1]), kernels
+
+
 def test_a_small_part_is_computed_without_the_rest() -> None:
     step = _views(SMALL["slots_with_padding"])
     pool, joined, *given = step.inputs
@@ -360,6 +397,32 @@ def test_other_backends_are_called_as_ever() -> None:
         code = code_of(replace(step, after=lambda y, *_: y * 2))
     assert "selective_state_update.default(" in code and "backend='flashinfer@1'" in code
     assert len(launches(code)) == 1 and "selective_state_update" not in launches(code)[0][0]
+
+
+@dataclass(frozen=True)
+class _ByKeyword(Step):
+    """B and C are parts of a product, whose rows Inductor pads; a call of the operator itself, that names them."""
+
+    backend: str = "triton"
+
+    def __call__(self, state: Tensor, x: Tensor, dt: Tensor, A: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        _, B, C = (left @ right).split([1800, 128, 128], -1)
+        op = OPS[SSU]
+        options = dict.fromkeys(op.options) | {"dt_softplus": True, "pad_slot_id": -1, "disable_state_update": False}
+        given = {"A": A, "B": B.unsqueeze(1), "C": C.unsqueeze(1), "dt": dt}
+        rest = dict.fromkeys(op.tensors[6:])
+        backend = op.backends[self.backend].key
+        return op.overload(state, x, **given, **rest, **options | {"philox_rounds": 0, "backend": backend})
+
+
+@pytest.mark.parametrize("backend", ["triton", "flashinfer"])
+def test_other_backends_get_the_strides_that_they_were_asked_about(backend: str) -> None:
+    shapes = (5, 8, 64, 128), (5, 8, 64), (5, 8), (8,), (5, 64), (64, 2056)
+    step = _ByKeyword(tuple(map(torch.empty, shapes)), lambda *_: {}, backend=backend)
+    with _flashinfer(lambda *_, **__: None):
+        code = code_of(step)
+    assert "(5, 2056), (2080, 1)" in code, "padded"
+    assert len(launches(code)) == (1 if backend == "triton" else 2), [name for name, _ in launches(code)]
 
 
 # --- that they compute the same, in the interpreter ---

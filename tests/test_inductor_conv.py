@@ -163,6 +163,34 @@ def test_rows_that_inductor_pads_are_read_where_they_are() -> None:
     assert padded is not None and given[1] == padded[1]
 
 
+def test_channels_that_inductor_computes_in_another_order_are_copied() -> None:
+    step = _step()
+    place = next(i for i, t in enumerate(step.inputs) if t is step.arrange(*step.inputs)["x"])
+
+    def arrange(*given: Tensor) -> dict[str, Any]:
+        return step.arrange(*given[:place], (given[place].mT * 2).mT, *given[place + 1 :])
+
+    names = [name for name, _ in launches(code_of(replace(step, arrange=arrange)))]
+    assert names and names[-1].startswith("triton_tem")
+
+
+def test_a_models_step_is_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' models give x a length of one, and a part of the projection."""
+    transformers = pytest.importorskip("torch_mamba_ops.integrations.transformers")
+
+    class Call(Step):
+        def __call__(self, hidden: Tensor, projection: Tensor, state: Tensor, weight: Tensor, bias: Tensor) -> Any:
+            gate, mixed, _ = (hidden @ projection).split([1040, 1296, 16], -1)
+            with tmo.use_backend(causal_conv1d_update="triton"):
+                y = transformers._causal_conv1d_update(mixed.mT, state, weight.squeeze(1), bias, "silu")
+            return y.mT * gate.sum(-1, True)
+
+    shapes = (3, 1, 64), (64, 2352), (3, 1296, 4), (1296, 1, 4), (1296,)
+    code = code_of(Call(tuple(torch.empty(shape, dtype=torch.bfloat16) for shape in shapes), lambda *_: {}))
+    assert sum(name.startswith("triton_tem") for name, _ in launches(code)) == 1
+    assert "causal_conv1d_update.default(" not in code
+
+
 @pytest.mark.parametrize("entry", [conv_template._ENTRY, state_template._ENTRY], ids=["convolution", "state"])
 def test_strides_may_be_sums(entry: str) -> None:
     """That of a part of a row whose length is a symbol plus a number is written ``ks0 + 528``."""
@@ -295,7 +323,10 @@ def test_a_gpu_agrees_with_the_equations(name: str) -> None:
 
 @pytest.mark.gpu
 def test_a_gpu_reads_padded_rows() -> None:
-    assert_compiles_to_a_template(_projected("cuda"))
+    step = _projected("cuda")
+    run, codes = compile_step(step)
+    assert_step_right(step, run)
+    assert "(4160, 1)" in codes[0] and launches(codes[0])[0][0].startswith("triton_tem")
 
 
 @pytest.mark.gpu

@@ -21,25 +21,38 @@ def constrain(op: Op, node: torch.fx.Node, *args: Any, **kwargs: Any) -> tuple[t
     The Triton kernels take any strides. Inductor pads rows, of matrix products above all: slices of one, copied to the
     traced strides, would be a kernel each.
     """
-    if "eager_input_vals" not in node.meta:  # inserted by a pass, which may choose, as for torch's own constraint
+    if "eager_input_vals" not in node.meta:  # as torch's own: a pass made the call, or operators are told to take any
         return args, kwargs
     names = (*op.tensors, *op.options, "backend")
     positional, named = node.meta["eager_input_vals"]
-    traced: Mapping[str, Any] = dict(zip(names, positional, strict=False)) | named
+    wanted: Mapping[str, Any] = dict(zip(names, positional, strict=False)) | named
     if op.resolve(kwargs["backend"]).name == "triton":
-        states = [op.tensors[place] for place in op.mutated]
-        traced = {name: traced[name] for name in states}
-    places = [traced.get(name) for name in names[: len(args)]]
+        wanted = {name: wanted[name] for name in mutated(op)}
+    places = [wanted.get(name) for name in names[: len(args)]]
     made: tuple[tuple[Any, ...], dict[str, Any]] = constrain_to_fake_tensors(
-        args, kwargs, places, {name: traced.get(name) for name in kwargs}
+        args, kwargs, places, {name: wanted.get(name) for name in kwargs}
     )
     return made
 
 
-def realized(value: Any) -> Any:
-    """In memory, laid out for good. A view of what is still to be computed remains one, unless it is a small part."""
-    view = value.data
-    node = ir.ExternKernel.copy_input(value) if _is_small_part(view) else ir.ExternKernel.realize_input(value)
+def mutated(op: Op) -> list[str]:
+    """The tensors that the operator updates."""
+    return [op.tensors[place] for place in op.mutated]
+
+
+def realized(value: Any, in_place: bool) -> Any:
+    """The buffer or view that a kernel is given, laid out for good. A view of what is still to be computed has it
+    computed and stays a view; a small part of it is computed by itself, unless it is updated ``in_place``."""
+    if not in_place and _is_small_part(value.data):
+        return contiguous(value)
+    node = ir.ExternKernel.realize_input(value)
+    node.freeze_layout()
+    return node
+
+
+def contiguous(value: Any) -> Any:
+    """A copy."""
+    node = ir.ExternKernel.copy_input(value)
     node.freeze_layout()
     return node
 

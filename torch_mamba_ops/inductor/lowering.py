@@ -19,7 +19,7 @@ from torch_mamba_ops.dispatch import operation
 from torch_mamba_ops.dispatch.op import Op
 
 from . import candidates, conv_template, flashinfer, scratch, state_template
-from .inputs import constrain, realized
+from .inputs import constrain, contiguous, mutated, realized
 from .plan import Plan, as_tensor
 from .rule import RULES, overlaps_kernels
 
@@ -76,10 +76,15 @@ def lower(step: _Step, *tensors: Any, **options: Any) -> Any:
     given = dict(zip(names, tensors, strict=False)) | options  # a graph may name tensors, too
     backend = step.op.resolve(given["backend"]).name
     if backend == "triton":
-        given |= {name: realized(given[name]) for name in names if given[name] is not None}
+        states = mutated(step.op)
+        given |= {name: realized(given[name], name in states) for name in names if given[name] is not None}
         arguments = given | {name: as_tensor(given[name]) for name in names if given[name] is not None}
-        if not RULES[step.op.name](backend, arguments):
+        if RULES[step.op.name](backend, arguments):  # Inductor may compute it in another order than eager mode
+            given["x"] = contiguous(given["x"])
+            arguments["x"] = as_tensor(given["x"])
+        if not (reasons := RULES[step.op.name](backend, arguments)):
             return _template(step, given, step.plan(given, arguments))
+        _log.info("%s: called as an operator: %s", step.op.name, "; ".join(reasons))
     return _call(step, given)
 
 

@@ -72,7 +72,7 @@ class Scratch:
     def state_update(self, tokens: int, gate: bool = False) -> Arguments:
         """A decode step of the recurrence, of so many tokens a sequence; Mamba2's with the gate or without."""
         columns = 1 + self.spec.speculative_tokens if self.pooled else 1
-        steps = self._steps(tokens) if self.pooled else (self.size.sequences,)
+        steps = self._steps(tokens)
         given = self._ssm(*steps) | self._gate(gate, *steps) | {"state": self._states(self.size.slots * columns)}
         if not self.pooled:
             return given
@@ -213,7 +213,7 @@ class Scratch:
 
     def _steps(self, tokens: int) -> tuple[int, ...]:
         """Token dimensions of a decode step."""
-        return (self.size.sequences,) if self.pooled and tokens == 1 else (self.size.sequences, tokens)
+        return (self.size.sequences,) if tokens == 1 else (self.size.sequences, tokens)
 
     def _after(self, rows: Tensor) -> Tensor:
         return rows.narrow(0, self.size.before, rows.shape[0] - self.size.before)
