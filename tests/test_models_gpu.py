@@ -184,11 +184,16 @@ def test_switching_one_operation_changes_that_one_alone_with_one_recompile() -> 
             ran.clear()
             other = _kernels(once)
         assert bool(ran) == (name == "theirs")
-        convolution = {"update_one_token", "update_tokens"}  # which of them depends on the strides
-        assert convolution & ours == convolution & other != set()
+        assert _convolutions(ours) == _convolutions(other) != set()
         assert ("selective_state_update" in other) == (name == "theirs"), "the eager kernel's own name"
         once()
         assert counter.frame_count == compiled + 1, "back without compiling"
+
+
+def _convolutions(kernels: set[str]) -> set[str]:
+    """Which it is depends on the strides: the template takes rows of a multiple of 16 elements."""
+    template = {name for name in kernels if name.startswith("triton_tem") and "causal_conv1d_update" in name}
+    return kernels & {"update_one_token", "update_tokens"} | template
 
 
 @on_gpu
