@@ -192,7 +192,7 @@ def test_switching_one_operation_changes_that_one_alone_with_one_recompile() -> 
 
 def _convolutions(kernels: set[str]) -> set[str]:
     """Which it is depends on the strides: the template takes rows of a multiple of 16 elements."""
-    template = {name for name in kernels if name.startswith("triton_tem") and "causal_conv1d_update" in name}
+    template = {"template" for name in kernels if name.startswith("triton_tem") and "causal_conv1d_update" in name}
     return kernels & {"update_one_token", "update_tokens"} | template
 
 
