@@ -420,6 +420,12 @@ def copy_rate(run: Run) -> float:
     return 2 * source.nbytes / statistics.median(times[-10:])
 
 
+def initial_dt_bias(like: Tensor) -> Tensor:
+    """As Mamba initialises it, in float32: steps from a thousandth to a tenth, by the inverse of softplus."""
+    step = torch.empty_like(like, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+    return step + torch.log(-torch.expm1(-step))
+
+
 def device_times(run: Run, steps: dict[str, Step], sets: list[Arguments]) -> dict[str, float]:
     """Microseconds of a call on the device, in a chain that goes through all sets of arguments."""
     if run.dry:

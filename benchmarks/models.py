@@ -76,10 +76,11 @@ LENGTHS = (512, 1000, 768, 1536, 2048, 3001, 4096, 8192, 16384, 32768)
 ROOM = 128  # tokens in the cache of a decode benchmark, and after the prompt of a prefill
 PARTS = ("compile", "prefill", "decode", "tuned", "overlap", "check", "peers", "first", "export", "train")
 PEERS = ("untouched", "mamba_ssm")
+BANDWIDTH_BARS = {1: ">=80", 64: ">=70"}  # of ours, in percent of a copy, by batch
 Options = argparse.Namespace
 OVERLAP = {"triton.enable_pdl": True}
-# Of Inductor, by contender.
-OPTIONS = {"ours-pdl": OVERLAP, "ours-tuned": torch._inductor.list_mode_options("max-autotune") | OVERLAP}
+# Inductor's options, by contender.
+INDUCTOR = {"ours-pdl": OVERLAP, "ours-tuned": torch._inductor.list_mode_options("max-autotune") | OVERLAP}
 
 # --- models ---
 
@@ -228,8 +229,7 @@ def build(config: Any, dtype: torch.dtype, device: torch.device, **more: Any) ->
         model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **more).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("dt_bias") or name.endswith("dt_proj.bias"):
-            step = torch.empty_like(parameter, dtype=F32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-            parameter.data.copy_(step + torch.log(-torch.expm1(-step)))  # softplus of it is the step
+            parameter.data.copy_(decode.initial_dt_bias(parameter))
         elif name.endswith("A_log") and parameter.dim() == 1:
             parameter.data.uniform_(0, math.log(16))
     return model.requires_grad_(False)
@@ -589,9 +589,7 @@ def prefill(session: Session) -> list[Measure]:
     session.record("prefill", "compile and run all lengths", took, "s", tokens=max(session.options.lengths))
     for op, names in graphs.backends.items():
         session.record("prefill", f"backend of {op}", len(names), "backends", note=", ".join(sorted(names)))
-    session.compiled["prefill"] = once  # checked against float32 later
-
-    session.prefills["ours"] = once
+    session.prefills["ours"] = once  # and checked against float32 later
 
     def measure() -> None:
         _time_prefills(session)
@@ -658,7 +656,7 @@ def _decode_step(session: Session, name: str, batch: int) -> Measure:
     cuda = session.device.type == "cuda"
     counters = torch._dynamo.utils.counters
     cache, token = session.primed(batch), session.token(batch)
-    graphs = session.graphs(True, OPTIONS.get(name))
+    graphs = session.graphs(True, INDUCTOR.get(name))
     run = torch.compile(step_of(session.model), backend=graphs, fullgraph=True, dynamic=False)
     skipped = counters["inductor"]["cudagraph_skips"]
     gc.collect()
@@ -702,10 +700,9 @@ def _decode_step(session: Session, name: str, batch: int) -> Measure:
                 times.append(seconds(session, once, 24, 1))
             took = statistics.median(times)
             rewind(cache)
-            bar = {1: ">=80", 64: ">=70"}.get(batch, "") if ours and cuda else ""
             record("time", took * 1e3, "ms", note=f"{bytes_moved} bytes")
             if cuda:
-                record("bandwidth", 1e-12 * bytes_moved / took, "TB/s", note=bar)
+                record("bandwidth", 1e-12 * bytes_moved / took, "TB/s")
             if cuda and batch in (1, 64):
                 launches, busy = profile(session, f"{name}, decode, batch {batch}", once)
                 record("CUDA graphs launched", launches, "a step", ">=1" if ours else "")
@@ -772,7 +769,7 @@ def check(session: Session) -> list[Measure]:
                    note=f"{int(unclear.sum())} of {tokens} are too close to call")  # fmt: skip
     session.record("check", "clear tokens in bfloat16 that differ", float(((found != wanted) & ~unclear).sum()),
                    "tokens", tokens=tokens, bar="<=0")  # fmt: skip
-    if (once := session.compiled.get("prefill")) is not None:
+    if (once := session.prefills.get("ours")) is not None:
         length = min(session.options.lengths)
         given = session.ids(1, length)
         with contender("untouched"):
@@ -1191,7 +1188,8 @@ class Table:
         copies = [float(row["value"]) for row in self.rows if row["part"] == "copy"]
         for row in self.rows:
             if row["what"] == "bandwidth" and copies:
-                percent, bar = 100 * float(row["value"]) / max(copies), row["note"]
+                percent = 100 * float(row["value"]) / max(copies)
+                bar = BANDWIDTH_BARS.get(row["batch"], "") if row["contender"].startswith("ours") else ""
                 row |= {"value": f"{percent:.6g}", "unit": "% of copy", "bar": bar, "met": _met(percent, bar)}
                 row["note"] = f"of {max(copies):.4g} TB/s, the fastest copy of the run"
         self._file.seek(0)

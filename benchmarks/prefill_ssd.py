@@ -90,7 +90,7 @@ class Problem:
         rate, bias = torch.rand(self.heads, device="cuda") + 1, torch.rand(self.heads, device="cuda") - 4
         if self.steep:
             rate = torch.empty_like(rate).uniform_(1, 16)
-            bias = torch.empty_like(bias).uniform_(math.log(1e-3), math.log(1e-1)).exp().expm1().log()
+            bias = decode.initial_dt_bias(bias)
         return {
             "x": x.unflatten(-1, (self.heads, self.head_dim)),
             "dt": torch.randn(self.tokens, self.heads, device="cuda", dtype=BF16),
@@ -291,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "prefill_ssd.csv")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--cases", nargs="*", help="default: the first five; with --sweep, all but steep ones")
+    parser.add_argument("--cases", nargs="*", help="default: PROBLEMS; with --sweep, all but steep ones")
     parser.add_argument("--sweep", type=Path, metavar="TABLE", help="write a table of configs, <card>.json")
     options = parser.parse_args()
     run = decode.Run(options.quick, False, False)
@@ -299,10 +299,11 @@ def main() -> None:
     torch.set_grad_enabled(False)
     run.copy_rate = decode.copy_rate(run)
     every = (*PROBLEMS, *WIDER)
-    cases = options.cases or [problem.name for problem in (every if options.sweep else PROBLEMS)]
+    usual = [problem for problem in every if not problem.steep] if options.sweep else PROBLEMS
+    cases = options.cases or [problem.name for problem in usual]
     problems = [problem for problem in every if problem.name in cases]
     if options.sweep:
-        sweep([problem for problem in problems if not problem.steep], options.sweep)
+        sweep(problems, options.sweep)
         return
     for problem in problems:
         torch.cuda.empty_cache()

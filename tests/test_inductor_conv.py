@@ -65,6 +65,11 @@ def _followed(device: str = "cpu", **changed: Any) -> Step:
     return followed(_step(device, **changed))
 
 
+def _place(step: Step, name: str) -> int:
+    """Of an argument among the inputs."""
+    return next(i for i, tensor in enumerate(step.inputs) if tensor is step.arrange(*step.inputs)[name])
+
+
 def _part(device: str = "cpu", **changed: Any) -> Step:
     """x is a part of what a projection leaves, and the pool a layer of one of all layers."""
     arguments = arguments_of(CONV, Case("step", replace(VECTORS, **changed)), device)
@@ -165,7 +170,7 @@ def test_rows_that_inductor_pads_are_read_where_they_are() -> None:
 
 def test_channels_that_inductor_computes_in_another_order_are_copied() -> None:
     step = _step()
-    place = next(i for i, t in enumerate(step.inputs) if t is step.arrange(*step.inputs)["x"])
+    place = _place(step, "x")
 
     def arrange(*given: Tensor) -> dict[str, Any]:
         return step.arrange(*given[:place], (given[place].mT * 2).mT, *given[place + 1 :])
@@ -174,7 +179,7 @@ def test_channels_that_inductor_computes_in_another_order_are_copied() -> None:
     assert names and names[-1].startswith("triton_tem")
 
 
-def test_a_models_step_is_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_models_step_is_the_template() -> None:
     """transformers' models give x a length of one, and a part of the projection."""
     transformers = pytest.importorskip("torch_mamba_ops.integrations.transformers")
 
@@ -288,7 +293,7 @@ def test_kernels_overlap_where_inductor_is_asked_for_that() -> None:
 def test_no_kernel_begins_early_that_may_read_the_state() -> None:
     """Inductor would not have it wait."""
     step = _step()
-    place = next(i for i, t in enumerate(step.inputs) if t is step.arrange(*step.inputs)["conv_state"])
+    place = _place(step, "conv_state")
     with config.patch("triton.enable_pdl", True):
         code = code_of(replace(step, after=lambda y, *given: y.sum() + given[place].float().sum()))
     order = _order(code, launches(code)[0][0])

@@ -51,7 +51,7 @@ def realized(value: Any, in_place: bool) -> Any:
 
 
 def contiguous(value: Any) -> Any:
-    """A copy."""
+    """A copy whose last dimension lies side by side."""
     node = ir.ExternKernel.copy_input(value)
     node.freeze_layout()
     return node

@@ -79,10 +79,12 @@ def lower(step: _Step, *tensors: Any, **options: Any) -> Any:
         states = mutated(step.op)
         given |= {name: realized(given[name], name in states) for name in names if given[name] is not None}
         arguments = given | {name: as_tensor(given[name]) for name in names if given[name] is not None}
-        if RULES[step.op.name](backend, arguments):  # Inductor may compute it in another order than eager mode
+        reasons = RULES[step.op.name](backend, arguments)
+        if reasons:  # Inductor may have computed x in another order than eager mode does
             given["x"] = contiguous(given["x"])
             arguments["x"] = as_tensor(given["x"])
-        if not (reasons := RULES[step.op.name](backend, arguments)):
+            reasons = RULES[step.op.name](backend, arguments)
+        if not reasons:
             return _template(step, given, step.plan(given, arguments))
         _log.info("%s: called as an operator: %s", step.op.name, "; ".join(reasons))
     return _call(step, given)
