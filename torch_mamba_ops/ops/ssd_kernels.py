@@ -109,15 +109,17 @@ def prepare(
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Grid: chunks, groups, blocks of a group's heads. Writes what the tokens of a chunk are to the heads, and, with
-    the first of them, C times B where a token sees another (``scores``, ``[chunks, groups, Q, Q]``).
+    """Grid: chunks, groups, blocks of a group's heads. Writes what the tokens of a chunk are to the heads.
 
-    ``totals`` ``[heads, chunks]`` are the decays over whole chunks, as logarithms to base 2. ``scales`` ``[chunks,
-    heads, 2, Q]`` are what x and what the outputs are multiplied with. In a mild chunk the decay between two tokens is
-    split at the middle between none and all of the chunk's: a part goes with x, the other with the output, and no
-    exponential is taken for each pair of tokens. Of other chunks ``decays`` ``[chunks, heads, 2, Q]`` has each token's
-    decay since before the chunk, whole and fraction apart: together, a large one would have few digits left for the
-    small decay between two tokens.
+    ``totals`` ``[heads, chunks]`` are the decays over whole chunks, as logarithms to base 2. ``scores`` ``[chunks,
+    groups + heads, Q, Q]`` are C times B where a token sees another. ``scales`` ``[chunks, heads, 2, Q]`` are what x
+    and the outputs are multiplied with. In a mild chunk the decay between two tokens is split at the middle between
+    none and all of the chunk's: a part goes with x, the other with the output, and a group's heads share its scores.
+
+    A steep chunk has scores of its own, times the decay between the two tokens, an exponential each. They are taken
+    here, for all chunks at once: in the scan every later chunk would wait for them. ``decays`` ``[chunks, heads, 2,
+    Q]`` are then what is left of the state before the chunk at each token, and of each token's step after the last one.
+    Both are written for steep chunks only.
     """
     chunk = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
@@ -169,35 +171,59 @@ def prepare(
     rate = tl.load(A + heads * A_HEAD, ours, 0.0).to(tl.float64) * LOG2_E
     decay = tl.cumsum(step.to(tl.float64) * rate[None, :], 0)
     total = tl.sum(tl.where(place[:, None] == BLOCK_Q - 1, decay, 0.0), 0)
+    from_before = tl.exp2(decay.to(tl.float32))
+    to_end = step * tl.exp2((total[None, :] - decay).to(tl.float32))
+    visible = place[:, None] >= place[None, :]
+    if HAS_SEQ_IDX:
+        seq_idx += batch * seq_idx_batch + row * seq_idx_token
+        carried = tl.load(seq_idx + tl.maximum(-local, -1) * seq_idx_token)
+        last = tl.load(seq_idx + (tl.minimum(tokens - local, CHUNK) - 1) * seq_idx_token)
+        own = tl.load(seq_idx + place * seq_idx_token, inside, last)
+        visible = visible & (own[:, None] == own[None, :])
+        from_before = tl.where((own == carried)[:, None], from_before, 0.0)
+        to_end = tl.where((own == last)[:, None], to_end, 0.0)
+        # Nothing is left of the state: no chunk with tokens of two sequences is mild.
+        total = tl.where(last == carried, total, -float("inf"))
     product: tl.constexpr = scores.dtype.element_ty
-    from_middle = tl.zeros((BLOCK_Q, BLOCK_H), tl.float32)
-    steep = ours
-    if not HAS_SEQ_IDX:
-        steep = ours & (is_mild(total.to(tl.float32), product) == 0)
-        middle = middle_of(total.to(tl.float32)).to(tl.float64)
-        from_middle = tl.where(steep[None, :], 0.0, decay - middle[None, :]).to(tl.float32)
+    mild = is_mild(total.to(tl.float32), product)
+    steep = ours & (mild == 0)
+    middle = tl.where(mild, middle_of(total.to(tl.float32)), 0.0).to(tl.float64)
+    from_middle = tl.where(mild[None, :], decay - middle[None, :], 0.0).to(tl.float32)
     tl.store(totals + heads * tl.num_programs(0) + chunk, total.to(tl.float32), ours)
     at = (chunk * GROUPS * RATIO + heads[None, :]) * 2 * BLOCK_Q + place[:, None]
     tl.store(scales + at, step * tl.exp2(-from_middle), ours[None, :])
     tl.store(scales + (at + BLOCK_Q), tl.exp2(from_middle), ours[None, :])
-    whole = tl.floor(decay)
-    tl.store(decays + at, whole.to(tl.float32), steep[None, :])
-    tl.store(decays + (at + BLOCK_Q), (decay - whole).to(tl.float32), steep[None, :])
+    tl.store(decays + at, from_before, steep[None, :])
+    tl.store(decays + (at + BLOCK_Q), to_end, steep[None, :])
 
-    if tl.program_id(2) == 0:
+    any_steep = tl.max(steep.to(tl.int32), 0) != 0
+    if (tl.program_id(2) == 0) | any_steep:
         n = tl.arange(0, BLOCK_N)
         shared = inside[:, None] & (n < N)[None, :]
         B += batch * B_batch + row * B_token + group * B_GROUP
         C += batch * C_batch + row * C_token + group * C_GROUP
         Bs = factor(tl.load(B + (place[:, None] * B_token + n[None, :] * B_N), shared, 0.0), product, INTERPRETED)
         Cs = factor(tl.load(C + (place[:, None] * C_token + n[None, :] * C_N), shared, 0.0), product, INTERPRETED)
-        seen = tl.dot(Cs, tl.trans(Bs), input_precision=PRECISION)
-        visible = place[:, None] >= place[None, :]
-        if HAS_SEQ_IDX:
-            own = tl.load(seq_idx + batch * seq_idx_batch + (row + place) * seq_idx_token, inside, 0)
-            visible = visible & (own[:, None] == own[None, :])
-        pairs = (chunk * GROUPS + group) * BLOCK_Q * BLOCK_Q + (place[:, None] * BLOCK_Q + place[None, :])
-        tl.store(scores + pairs, tl.where(visible, seen, 0.0).to(product))
+        seen = tl.where(visible, tl.dot(Cs, tl.trans(Bs), input_precision=PRECISION), 0.0)
+        scores += chunk * (GROUPS + GROUPS * RATIO) * BLOCK_Q * BLOCK_Q
+        pairs = scores + (place[:, None] * BLOCK_Q + place[None, :])
+        if tl.program_id(2) == 0:
+            tl.store(pairs + group * BLOCK_Q * BLOCK_Q, seen.to(product))
+        if any_steep:
+            # Apart, as together a large decay would have few digits left for the small one between two tokens.
+            whole = tl.floor(decay)
+            fraction = (decay - whole).to(tl.float32)
+            whole = whole.to(tl.float32)
+            for i in range(BLOCK_H):
+                this = tl.arange(0, BLOCK_H) == i
+                if tl.max((this & steep).to(tl.int32), 0) != 0:
+                    wholes = tl.sum(tl.where(this[None, :], whole, 0.0), 1)
+                    fractions = tl.sum(tl.where(this[None, :], fraction, 0.0), 1)
+                    between = (wholes[:, None] - wholes[None, :]) + (fractions[:, None] - fractions[None, :])
+                    # Where a token does not see another, it would grow.
+                    between = tl.exp2(tl.minimum(between, 0.0))
+                    head = GROUPS + group * RATIO + tl.program_id(2) * BLOCK_H + i
+                    tl.store(pairs + head * BLOCK_Q * BLOCK_Q, (seen * between).to(product))
 
 
 @triton.jit
@@ -219,12 +245,9 @@ def scan_chunk(
     scores,
     to_middle,
     total,
-    decays,
-    own,
-    own_carried,
-    own_last,
+    from_before,
+    to_end,
     ALL_MILD: tl.constexpr,
-    HAS_SEQ_IDX: tl.constexpr,
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -235,43 +258,27 @@ def scan_chunk(
     is still to be multiplied with.
 
     ``x`` is ``[Q, P]``, ``B`` and ``C`` are ``[Q, N]``, ``scores`` ``[Q, Q]``, ``to_middle`` ``[Q]``, ``total`` is the
-    chunk's decay, ``decays`` points to its tokens' (see `prepare`). Of tokens of several sequences, ``own`` ``[Q]`` is
-    the sequence of each, ``own_carried`` that of the state, ``own_last`` that of the last token.
+    chunk's decay. ``from_before`` and ``to_end`` ``[Q]`` are a steep chunk's decays (see `prepare`); of a mild one, 1
+    and ``to_middle``: it has the same bits as with ``ALL_MILD``.
     """
-    mild = True
-    if not ALL_MILD:
-        mild = is_mild(total, PRODUCT)
-    if HAS_SEQ_IDX:
-        mild = False
-    middle = tl.where(mild, middle_of(total), 0.0)
-    x = multiply(x.to(tl.float32), to_middle[:, None], PRODUCT, INTERPRETED)
-    inputs = factor(x, PRODUCT, INTERPRETED)
-    added = inputs
-    state = multiply(state, pending * tl.exp2(middle), PRODUCT, INTERPRETED)
-    pending = tl.exp2(total - middle)
+    x = x.to(tl.float32)
+    inputs = factor(multiply(x, to_middle[:, None], PRODUCT, INTERPRETED), PRODUCT, INTERPRETED)
     y = tl.zeros((BLOCK_Q, state.shape[1]), tl.float32)
-    y = add_product(y, C, factor(state, PRODUCT, INTERPRETED), TURNED, PRECISION)
-    if not ALL_MILD:
-        if not mild:
-            place = tl.arange(0, BLOCK_Q)
-            whole = tl.load(decays + place)
-            fraction = tl.load(decays + (BLOCK_Q + place))
-            between = (whole[:, None] - whole[None, :]) + (fraction[:, None] - fraction[None, :])
-            # Where a token does not see another the score is zero.
-            between = tl.exp2(tl.minimum(between, 0.0))
-            scores = multiply(scores.to(tl.float32), between, PRODUCT, INTERPRETED).to(scores.dtype)
-            from_before = tl.exp2(whole + fraction)
-            last = tl.load(decays + (BLOCK_Q - 1)) - whole
-            to_end = tl.exp2(last + (tl.load(decays + (2 * BLOCK_Q - 1)) - fraction))
-            kept = tl.exp2(total)
-            if HAS_SEQ_IDX:
-                from_before = tl.where(own == own_carried, from_before, 0.0)
-                to_end = tl.where(own == own_last, to_end, 0.0)
-                kept = tl.where(own_last == own_carried, kept, 0.0)
-            y *= from_before[:, None]
-            added = factor(multiply(x, to_end[:, None], PRODUCT, INTERPRETED), PRODUCT, INTERPRETED)
-            state *= kept
-            pending = 1.0
+    if ALL_MILD:
+        middle = middle_of(total)
+        state = multiply(state, pending * tl.exp2(middle), PRODUCT, INTERPRETED)
+        y = add_product(y, C, factor(state, PRODUCT, INTERPRETED), TURNED, PRECISION)
+        added = inputs
+        pending = tl.exp2(total - middle)
+    else:
+        mild = is_mild(total, PRODUCT)
+        middle = tl.where(mild, middle_of(total), 0.0)
+        before = multiply(state, pending * tl.exp2(middle), PRODUCT, INTERPRETED)
+        y = add_product(y, C, factor(before, PRODUCT, INTERPRETED), TURNED, PRECISION)
+        y *= from_before[:, None]
+        state = multiply(state, pending * tl.exp2(tl.where(mild, middle, total)), PRODUCT, INTERPRETED)
+        added = factor(multiply(x, to_end[:, None], PRODUCT, INTERPRETED), PRODUCT, INTERPRETED)
+        pending = tl.where(mild, tl.exp2(total - middle), 1.0)
     y = add_product(y, factor(scores, PRODUCT, INTERPRETED), inputs, TURNED, PRECISION)
     state = add_product(state, tl.trans(B), added, TURNED, PRECISION)
     return y, state, pending
@@ -288,7 +295,7 @@ def store_zeros(out, first, last, columns, mask, TOKEN: tl.constexpr, BLOCK: tl.
 
 @triton.jit(
     do_not_specialize=["length", "sequences", "row_chunks", "all_chunks", "pad_slot_id"],
-    do_not_specialize_on_alignment=["cu_seqlens", "slots", "has_initial", "computed", "seq_idx"],
+    do_not_specialize_on_alignment=["cu_seqlens", "slots", "has_initial", "computed"],
 )
 def scan(
     x,
@@ -308,7 +315,6 @@ def scan(
     slots,
     has_initial,
     computed,
-    seq_idx,
     length,
     sequences,
     row_chunks,
@@ -323,8 +329,6 @@ def scan(
     z_batch,
     z_token,
     out_batch,
-    seq_idx_batch,
-    seq_idx_token,
     initial_slot,
     final_slot,
     X_HEAD: tl.constexpr,
@@ -351,7 +355,6 @@ def scan(
     CHUNK: tl.constexpr,
     HAS_D: tl.constexpr,
     HAS_Z: tl.constexpr,
-    HAS_SEQ_IDX: tl.constexpr,
     HAS_COMPUTED: tl.constexpr,
     PACKED: tl.constexpr,
     POOL: tl.constexpr,
@@ -439,18 +442,17 @@ def scan(
     C += batch * C_batch + group * C_GROUP
     if HAS_Z:
         z += batch * z_batch + head * Z_HEAD
-    if HAS_SEQ_IDX:
-        seq_idx += batch * seq_idx_batch
     place = tl.arange(0, BLOCK_Q)
     decays += (chunk * HEADS + head) * 2 * BLOCK_Q
     scales += (chunk * HEADS + head) * 2 * BLOCK_Q
     to_middle_at = scales + place
     totals += head * all_chunks + chunk
-    scores += (chunk * (HEADS // RATIO) + group) * BLOCK_Q * BLOCK_Q
+    matrices: tl.constexpr = HEADS // RATIO + HEADS  # of scores, in a chunk
+    scores += chunk * matrices * BLOCK_Q * BLOCK_Q
     if TMA:
         # Made at the sequence's first token: the rows before and after the sequence are read as zeros and not written.
         rows = tl.maximum(tokens, 1)
-        pair_rows = tl.cdiv(rows + offset, CHUNK) * (HEADS // RATIO * BLOCK_Q)
+        pair_rows = tl.cdiv(rows + offset, CHUNK) * (matrices * BLOCK_Q)
         x_tiles = tl.make_tensor_descriptor(x + first * x_token, [rows, head_dim], [x_token, 1], [BLOCK_Q, BLOCK_P])
         B_tiles = tl.make_tensor_descriptor(B + first * B_token, [rows, N], [B_token, 1], [BLOCK_Q, BLOCK_N])
         C_tiles = tl.make_tensor_descriptor(C + first * C_token, [rows, N], [C_token, 1], [BLOCK_Q, BLOCK_N])
@@ -459,9 +461,6 @@ def scan(
             out + first * OUT_TOKEN, [rows, head_dim], [OUT_TOKEN, 1], [BLOCK_Q, BLOCK_P]
         )
     scores += place[:, None] * BLOCK_Q + place[None, :]
-    own = place
-    own_carried = 0
-    own_last = 0
 
     lowest = 0.0
     for nth in range(0, tl.cdiv(tokens + offset, CHUNK), 128):
@@ -470,11 +469,14 @@ def scan(
         lowest = tl.minimum(lowest, tl.min(tl.load(totals + ahead, there, 0.0), 0))
     all_mild = is_mild(lowest, PRODUCT)
     pending = 1.0
-    # Compiled twice: with no chunk that is not mild, two products share a factor and a barrier.
-    for ALL_MILD in tl.static_range(1 if HAS_SEQ_IDX else 2):
-        if HAS_SEQ_IDX or (all_mild == (ALL_MILD == 1)):
+    # Compiled twice: with no steep chunk, two products share a factor and a barrier.
+    for ALL_MILD in tl.static_range(2):
+        if all_mild == (ALL_MILD == 1):
             from_middle = tl.load(scales + (BLOCK_Q + place), (place < BLOCK_Q) & (tokens > -offset), 0.0)
             total = tl.load(totals, tokens > -offset, 0.0)
+            from_before = tl.full((BLOCK_Q,), 1.0, tl.float32)
+            if ALL_MILD == 0:
+                from_before = tl.load(decays + place, (place < BLOCK_Q) & (is_mild(total, PRODUCT) == 0), 1.0)
             for begin in range(-offset, tokens, CHUNK):
                 inside = begin + place < tokens
                 if HAS_COMPUTED:
@@ -483,32 +485,35 @@ def scan(
                     inside = inside & (place < CHUNK)
                 row = first + begin
                 there = inside[:, None] & in_p[None, :]
+                matrix = group
+                to_middle = tl.load(to_middle_at)
+                to_end = to_middle
+                if ALL_MILD == 0:
+                    mild = is_mild(total, PRODUCT)
+                    matrix = tl.where(mild, group, HEADS // RATIO + head)
+                    to_end = tl.where(mild, to_middle, tl.load(decays + (BLOCK_Q + place)))
                 if TMA:
                     xs = x_tiles.load([begin, tl.program_id(0) * BLOCK_P])
                     Bs = B_tiles.load([begin, 0])
                     Cs = C_tiles.load([begin, 0])
-                    pairs = score_tiles.load([(begin + offset) * (HEADS // RATIO), 0])
+                    pairs = score_tiles.load([(begin + offset) * matrices + matrix * BLOCK_Q, 0])
                 else:
                     shared = inside[:, None] & in_n[None, :]
                     xs = tl.load(x + row * x_token + (place[:, None] * x_token + channel[None, :] * X_DIM), there, 0.0)
                     Bs = tl.load(B + row * B_token + (place[:, None] * B_token + n[None, :] * B_N), shared, 0.0)
                     Cs = tl.load(C + row * C_token + (place[:, None] * C_token + n[None, :] * C_N), shared, 0.0)
-                    pairs = tl.load(scores)
-                if HAS_SEQ_IDX:
-                    own = tl.load(seq_idx + (row + place) * seq_idx_token, inside, 0)
-                    own_last = tl.load(seq_idx + (first + tl.minimum(begin + CHUNK, tokens) - 1) * seq_idx_token)
-                    own_carried = tl.load(seq_idx + (first + tl.maximum(begin - 1, 0)) * seq_idx_token)
+                    pairs = tl.load(scores + matrix * BLOCK_Q * BLOCK_Q)
                 y, state, pending = scan_chunk(
-                    state, pending, xs, factor(Bs, PRODUCT, INTERPRETED), factor(Cs, PRODUCT, INTERPRETED),
-                    pairs, tl.load(to_middle_at), total, decays, own, own_carried, own_last,
-                    ALL_MILD == 1, HAS_SEQ_IDX, PRODUCT, PRECISION, INTERPRETED, TURNED, BLOCK_Q,
+                    state, pending, xs, factor(Bs, PRODUCT, INTERPRETED), factor(Cs, PRODUCT, INTERPRETED), pairs,
+                    to_middle, total, from_before, to_end, ALL_MILD == 1, PRODUCT, PRECISION, INTERPRETED, TURNED,
+                    BLOCK_Q,
                 )  # fmt: skip
                 y *= from_middle[:, None]
                 totals += 1
                 decays += 2 * HEADS * BLOCK_Q
                 scales += 2 * HEADS * BLOCK_Q
                 to_middle_at += 2 * HEADS * BLOCK_Q
-                scores += HEADS // RATIO * BLOCK_Q * BLOCK_Q
+                scores += matrices * BLOCK_Q * BLOCK_Q
                 if HAS_D:
                     # As one rounding, whatever the compiler does in this loop and in the other.
                     y = tl.fma(tl.broadcast_to(skip[None, :], y.shape), xs.to(tl.float32), y)
@@ -524,6 +529,8 @@ def scan(
                 # not worth its barrier; at the end, or reads of shared memory wait for them.
                 from_middle = tl.load(scales + (BLOCK_Q + place), (place < BLOCK_Q) & (begin + CHUNK < tokens), 0.0)
                 total = tl.load(totals, begin + CHUNK < tokens, 0.0)
+                if ALL_MILD == 0:
+                    from_before = tl.load(decays + place, (place < BLOCK_Q) & (is_mild(total, PRODUCT) == 0), 1.0)
     state *= pending
 
     if HAS_FINAL:

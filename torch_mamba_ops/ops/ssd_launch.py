@@ -68,13 +68,13 @@ def scan(
     totals = x.new_empty((heads, chunks), dtype=torch.float32)
     decays = x.new_empty((chunks, heads, 2, block), dtype=torch.float32)
     scales = torch.empty_like(decays)
-    scores = x.new_empty((chunks, groups, block, block), dtype=product)
+    scores = x.new_empty((chunks, groups + heads, block, block), dtype=product)
     launch(
         _prepare, dt, A, B, C, dt_bias, seq_idx, cu_seqlens, computed, totals, decays, scales, scores, x.dtype, chunk,
         dt_softplus, dt_min, dt_max,
     )  # fmt: skip
     launch(
-        _scan, x, B, C, D, z, seq_idx, cu_seqlens, computed, totals, decays, scales, scores, initial, has_initial,
+        _scan, x, B, C, D, z, cu_seqlens, computed, totals, decays, scales, scores, initial, has_initial,
         slots, out, final, row_final, initial_is, pool, pad_slot_id, chunk,
     )  # fmt: skip
     return out
@@ -162,7 +162,6 @@ def _scan(
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
-    seq_idx: Tensor | None,
     cu_seqlens: Tensor | None,
     computed: Tensor | None,
     totals: Tensor,
@@ -199,7 +198,6 @@ def _scan(
             "slots": slots,
             "has_initial": has_initial,
             "computed": computed,
-            "seq_idx": seq_idx,
             "D": D,
             "z": z,
             "totals": totals,
@@ -219,7 +217,6 @@ def _scan(
             **_tokens("C", C, 2),
             **_tokens("z", z, 2),
             out_batch=out.stride(0) if out.dim() == 4 else 0,
-            **_tokens("seq_idx", seq_idx, 0),
             initial_slot=0 if initial is None else initial.stride(0),
             final_slot=0 if final is None else final.stride(0),
             **_inner("X", x, "HEAD", "DIM"),
@@ -238,7 +235,6 @@ def _scan(
             CHUNK=chunk,
             HAS_D=D is not None,
             HAS_Z=z is not None,
-            HAS_SEQ_IDX=seq_idx is not None,
             HAS_COMPUTED=computed is not None,
             PACKED=cu_seqlens is not None,
             POOL=pool,
