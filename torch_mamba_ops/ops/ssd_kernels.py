@@ -171,8 +171,7 @@ def prepare(
     rate = tl.load(A + heads * A_HEAD, ours, 0.0).to(tl.float64) * LOG2_E
     decay = tl.cumsum(step.to(tl.float64) * rate[None, :], 0)
     total = tl.sum(tl.where(place[:, None] == BLOCK_Q - 1, decay, 0.0), 0)
-    from_before = tl.exp2(decay.to(tl.float32))
-    to_end = step * tl.exp2((total[None, :] - decay).to(tl.float32))
+    remaining = total[None, :] - decay
     visible = place[:, None] >= place[None, :]
     if HAS_SEQ_IDX:
         seq_idx += batch * seq_idx_batch + row * seq_idx_token
@@ -180,8 +179,6 @@ def prepare(
         last = tl.load(seq_idx + (tl.minimum(tokens - local, CHUNK) - 1) * seq_idx_token)
         own = tl.load(seq_idx + place * seq_idx_token, inside, last)
         visible = visible & (own[:, None] == own[None, :])
-        from_before = tl.where((own == carried)[:, None], from_before, 0.0)
-        to_end = tl.where((own == last)[:, None], to_end, 0.0)
         # Nothing is left of the state: no chunk with tokens of two sequences is mild.
         total = tl.where(last == carried, total, -float("inf"))
     product: tl.constexpr = scores.dtype.element_ty
@@ -193,8 +190,6 @@ def prepare(
     at = (chunk * GROUPS * RATIO + heads[None, :]) * 2 * BLOCK_Q + place[:, None]
     tl.store(scales + at, step * tl.exp2(-from_middle), ours[None, :])
     tl.store(scales + (at + BLOCK_Q), tl.exp2(from_middle), ours[None, :])
-    tl.store(decays + at, from_before, steep[None, :])
-    tl.store(decays + (at + BLOCK_Q), to_end, steep[None, :])
 
     any_steep = tl.max(steep.to(tl.int32), 0) != 0
     if (tl.program_id(2) == 0) | any_steep:
@@ -210,6 +205,13 @@ def prepare(
         if tl.program_id(2) == 0:
             tl.store(pairs + group * BLOCK_Q * BLOCK_Q, seen.to(product))
         if any_steep:
+            from_before = tl.exp2(decay.to(tl.float32))
+            to_end = step * tl.exp2(remaining.to(tl.float32))
+            if HAS_SEQ_IDX:
+                from_before = tl.where((own == carried)[:, None], from_before, 0.0)
+                to_end = tl.where((own == last)[:, None], to_end, 0.0)
+            tl.store(decays + at, from_before, steep[None, :])
+            tl.store(decays + (at + BLOCK_Q), to_end, steep[None, :])
             # Apart, as together a large decay would have few digits left for the small one between two tokens.
             whole = tl.floor(decay)
             fraction = (decay - whole).to(tl.float32)
@@ -486,12 +488,8 @@ def scan(
                 row = first + begin
                 there = inside[:, None] & in_p[None, :]
                 matrix = group
-                to_middle = tl.load(to_middle_at)
-                to_end = to_middle
                 if ALL_MILD == 0:
-                    mild = is_mild(total, PRODUCT)
-                    matrix = tl.where(mild, group, HEADS // RATIO + head)
-                    to_end = tl.where(mild, to_middle, tl.load(decays + (BLOCK_Q + place)))
+                    matrix = tl.where(is_mild(total, PRODUCT), group, HEADS // RATIO + head)
                 if TMA:
                     xs = x_tiles.load([begin, tl.program_id(0) * BLOCK_P])
                     Bs = B_tiles.load([begin, 0])
@@ -503,6 +501,10 @@ def scan(
                     Bs = tl.load(B + row * B_token + (place[:, None] * B_token + n[None, :] * B_N), shared, 0.0)
                     Cs = tl.load(C + row * C_token + (place[:, None] * C_token + n[None, :] * C_N), shared, 0.0)
                     pairs = tl.load(scores + matrix * BLOCK_Q * BLOCK_Q)
+                to_middle = tl.load(to_middle_at)
+                to_end = to_middle
+                if ALL_MILD == 0:
+                    to_end = tl.where(is_mild(total, PRODUCT), to_middle, tl.load(decays + (BLOCK_Q + place)))
                 y, state, pending = scan_chunk(
                     state, pending, xs, factor(Bs, PRODUCT, INTERPRETED), factor(Cs, PRODUCT, INTERPRETED), pairs,
                     to_middle, total, from_before, to_end, ALL_MILD == 1, PRODUCT, PRECISION, INTERPRETED, TURNED,

@@ -12,7 +12,7 @@ from torch_mamba_ops.ops.launch import INTERPRET, Launch, launch, reasons_agains
 from torch_mamba_ops.tuning import Config, configs_for, key_of
 
 _LARGEST_STATE = 512
-_HEADS = 16  # of a program that prepares a chunk
+_HEADS = 8  # of a program that prepares a chunk
 
 
 def why_not(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *tensors: Tensor | None, **options: Any) -> list[str]:
