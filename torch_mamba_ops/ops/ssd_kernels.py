@@ -489,7 +489,10 @@ def scan(
                 there = inside[:, None] & in_p[None, :]
                 matrix = group
                 if ALL_MILD == 0:
-                    matrix = tl.where(is_mild(total, PRODUCT), group, HEADS // RATIO + head)
+                    mild = is_mild(total, PRODUCT)
+                    matrix = tl.where(mild, group, HEADS // RATIO + head)
+                    to_middle = tl.load(to_middle_at)
+                    to_end = tl.where(mild, to_middle, tl.load(decays + (BLOCK_Q + place)))
                 if TMA:
                     xs = x_tiles.load([begin, tl.program_id(0) * BLOCK_P])
                     Bs = B_tiles.load([begin, 0])
@@ -501,10 +504,9 @@ def scan(
                     Bs = tl.load(B + row * B_token + (place[:, None] * B_token + n[None, :] * B_N), shared, 0.0)
                     Cs = tl.load(C + row * C_token + (place[:, None] * C_token + n[None, :] * C_N), shared, 0.0)
                     pairs = tl.load(scores + matrix * BLOCK_Q * BLOCK_Q)
-                to_middle = tl.load(to_middle_at)
-                to_end = to_middle
-                if ALL_MILD == 0:
-                    to_end = tl.where(is_mild(total, PRODUCT), to_middle, tl.load(decays + (BLOCK_Q + place)))
+                if ALL_MILD == 1:  # after the tiles, with steep chunks before: 3% and 8% faster than the other way
+                    to_middle = tl.load(to_middle_at)
+                    to_end = to_middle
                 y, state, pending = scan_chunk(
                     state, pending, xs, factor(Bs, PRODUCT, INTERPRETED), factor(Cs, PRODUCT, INTERPRETED), pairs,
                     to_middle, total, from_before, to_end, ALL_MILD == 1, PRODUCT, PRECISION, INTERPRETED, TURNED,
