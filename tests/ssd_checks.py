@@ -144,6 +144,8 @@ def by_tma_as_by_pointers(device: str) -> None:
         for lengths in ((0, 37, 1, 0, 16, 50, 0), (4 * Q,), (3,)):
             for channels, size, steep in ((24, 16, False), (16, 24, True), (40, 40, False)):
                 arguments = drawn(lengths, device, torch.bfloat16, steep, channels, size)
+                if channels == 24:
+                    arguments["dt"][Q : 2 * Q] += 8  # a sequence with chunks of both kinds
                 arguments |= _among_no_numbers(arguments)
                 numbers = [(7 * nth + 5) % Q for nth in range(len(lengths))]
                 counted = torch.tensor(numbers, dtype=torch.int32, device=device)
@@ -183,7 +185,7 @@ def turned_products_agree_with_the_equations(device: str) -> None:
 
 def steep_and_mild_agree_with_the_equations(device: str) -> None:
     """Decays from none to more than float32 has exponents for."""
-    for shift in (-9.0, 2.0, 6.0, 30.0, 100.0):
+    for shift in (-9.0, 0.5, 2.0, 6.0, 30.0, 100.0):
         for dtype in (torch.float32, torch.bfloat16):
             arguments = drawn((37, 50), device, dtype)
             arguments["dt"] = (arguments["dt"].float() + shift).to(dtype)
