@@ -56,9 +56,9 @@ def main(source: str, target: str) -> None:
         )
         axis.axhline(bar, color="tab:red", linewidth=1, linestyle=":")
         axis.set(title=f"decode, batch {batch}", ylim=(0, 100), ylabel="weights and states, % of a copy's bandwidth")
-    prefill = [row for row in rows if row["part"] == "prefill" and row["what"] == "time"]
-    ours = {row["model"]: float(row["value"]) for row in prefill if row["contender"] == "ours"}
-    _bars(axes[2], prefill, lambda row: ours.get(row["model"], math.nan) / float(row["value"]))
+    prefill = [row for row in rows if row["part"].startswith("prefill") and row["what"] == "time"]
+    ours = {(row["part"], row["model"]): float(row["value"]) for row in prefill if row["contender"] == "ours"}
+    _bars(axes[2], prefill, lambda row: ours.get((row["part"], row["model"]), math.nan) / float(row["value"]))
     tokens = prefill[0]["tokens"] if prefill else ""
     axes[2].set(title=f"prefill of {tokens} tokens", ylabel="speed, torch_mamba_ops = 1")
     shown = {label: bar for axis in axes for bar, label in zip(*axis.get_legend_handles_labels(), strict=True)}
