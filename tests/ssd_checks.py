@@ -5,6 +5,7 @@ A process of its own, since Triton's interpreter is chosen before Triton is impo
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,7 @@ def drawn(
     steep: bool = False,
     channels: int = 24,
     size: int = 16,
+    heads: int = 4,
 ) -> Arguments:
     """A packed batch with a pool, whose sequences start from states; ``steep``: nothing is left after a few tokens."""
     generator = torch.Generator().manual_seed(sum(lengths))
@@ -38,7 +40,7 @@ def drawn(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    tokens, heads = sum(lengths), 4
+    tokens = sum(lengths)
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     arguments = {
         "x": normal(tokens, heads, channels).to(dtype),
@@ -94,16 +96,38 @@ def alone_as_in_a_batch(device: str) -> None:
 def in_parts_as_in_one(device: str) -> None:
     """A sequence has the same bits whether or not it is cut between two chunks: some steep, some mild."""
     for dtype in (torch.float32, torch.bfloat16):
-        whole = drawn((5 * Q + 3,), device, dtype)
-        whole["dt"][Q : 2 * Q] += 8
-        out, states = scanned(whole)
-        pool, parts = whole["states"], []
-        for begin in range(0, 5 * Q + 3, 2 * Q):
-            end = min(begin + 2 * Q, 5 * Q + 3)
-            found, pool = scanned(part(whole, begin, end, pool, 1, begin))
-            parts.append(found)
-        assert torch.equal(torch.cat(parts), out), dtype
-        assert torch.equal(pool, states), dtype
+        for change in (_steeper, _steeper_without_inputs, _decaying_at_the_ends):
+            whole = change(drawn((5 * Q + 3,), device, dtype))
+            out, states = scanned(whole)
+            for size in (Q, 2 * Q):
+                pool, parts = whole["states"], []
+                for begin in range(0, 5 * Q + 3, size):
+                    found, pool = scanned(part(whole, begin, min(begin + size, 5 * Q + 3), pool, 1, begin))
+                    parts.append(found)
+                assert torch.equal(torch.cat(parts), out), (dtype, change, size)
+                assert torch.equal(pool, states), (dtype, change, size)
+
+
+def _steeper(arguments: Arguments) -> Arguments:
+    """In the second chunk, by much."""
+    arguments["dt"][Q : 2 * Q] += 8
+    return arguments
+
+
+def _steeper_without_inputs(arguments: Arguments) -> Arguments:
+    """In the second chunk, by little: what is left of the state has all its digits, and no input hides it."""
+    arguments["dt"][Q : 2 * Q] += 1
+    arguments["x"][Q:] = 0
+    return arguments
+
+
+def _decaying_at_the_ends(arguments: Arguments) -> Arguments:
+    """By more than 2^140 at the first token of the first chunk and the last of the second, by half of it in other
+    heads: a state is read undiminished between them, and 2^-140 has few digits."""
+    arguments["dt"][:] = -20
+    arguments["dt"][0] = arguments["dt"][2 * Q - 1] = 20
+    bits = torch.tensor([70.4, 140.4, 70.6, 140.6], device=arguments["dt"].device)
+    return arguments | {"A": -bits * math.log(2) / F.softplus(20 + arguments["dt_bias"])}
 
 
 def cut_anywhere(device: str) -> None:
@@ -184,16 +208,32 @@ def turned_products_agree_with_the_equations(device: str) -> None:
 
 
 def steep_and_mild_agree_with_the_equations(device: str) -> None:
-    """Decays from none to more than float32 has exponents for."""
-    for shift in (-9.0, 0.5, 2.0, 6.0, 30.0, 100.0):
+    """Decays from none to more than float32 has exponents for; more heads in a group than are prepared together."""
+    for shift, heads in ((-9.0, 4), (0.5, 20), (2.0, 4), (6.0, 20), (30.0, 4), (100.0, 4)):
         for dtype in (torch.float32, torch.bfloat16):
-            arguments = drawn((37, 50), device, dtype)
+            arguments = drawn((37, 50), device, dtype, heads=heads)
             arguments["dt"] = (arguments["dt"].float() + shift).to(dtype)
             arguments |= {"chunk_size": Q, "dt_softplus": True}
             given = check.copied(arguments)
             out = tmo.mamba_chunk_scan_combined_varlen(**given, backend="triton")
             op = "mamba_chunk_scan_combined_varlen"
             check.assert_right(op, given, out, check.truth(op, arguments, "triton"))
+
+
+def sequences_of_a_row_agree_with_the_equations(device: str) -> None:
+    """Begun within a chunk, at its end, and of more than one; after the state of the first, steep and mild."""
+    for shift in (-9.0, 0.5, 6.0, 30.0):
+        for dtype in (torch.float32, torch.bfloat16):
+            row = drawn((4 * Q + 3,), device, dtype)
+            arguments = {name: row[name][None] for name in ("x", "dt", "B", "C")}
+            arguments["dt"] = (arguments["dt"].float() + shift).to(dtype)
+            arguments |= {name: row[name] for name in ("A", "D", "dt_bias")}
+            bounds = torch.tensor([Q + 5, 3 * Q, 3 * Q + 2], device=device)
+            owner = torch.bucketize(torch.arange(4 * Q + 3, device=device), bounds, right=True)
+            arguments |= {"seq_idx": owner[None].int(), "initial_states": row["states"][:1]}
+            arguments |= {"chunk_size": Q, "dt_softplus": True, "return_final_states": True}
+            out = tmo.mamba_chunk_scan_combined(**arguments, backend="triton")
+            check.assert_right(OP, arguments, out, check.truth(OP, arguments, "triton"))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ EVERYWHERE = (
     "by_tma_as_by_pointers",
     "steep_and_mild_agree_with_the_equations",
     "turned_products_agree_with_the_equations",
+    "sequences_of_a_row_agree_with_the_equations",
 )
 
 

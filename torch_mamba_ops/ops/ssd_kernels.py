@@ -37,8 +37,9 @@ def multiply(values, scale, PRODUCT: tl.constexpr, INTERPRETED: tl.constexpr):
 @triton.jit
 def is_mild(total, PRODUCT: tl.constexpr):
     """Whether so little decays in a chunk, in powers of two, that it may be split at its middle: half of it leaves room
-    for sums of products, and costs no more digits than products of that dtype have to lose."""
-    limit: tl.constexpr = -144.0 if PRODUCT == tl.bfloat16 else -16.0
+    for sums of products, and costs no more digits than products of that dtype have to lose. All of it, by which a state
+    is multiplied between two chunks, is far from the numbers that have fewer digits (2^-126)."""
+    limit: tl.constexpr = -100.0 if PRODUCT == tl.bfloat16 else -16.0
     return total > limit
 
 
@@ -111,15 +112,16 @@ def prepare(
 ):
     """Grid: chunks, groups, blocks of a group's heads. Writes what the tokens of a chunk are to the heads.
 
-    ``totals`` ``[heads, chunks]`` are the decays over whole chunks, as logarithms to base 2. ``scores`` ``[chunks,
-    groups + heads, Q, Q]`` are C times B where a token sees another. ``scales`` ``[chunks, heads, 2, Q]`` are what x
-    and the outputs are multiplied with. In a mild chunk the decay between two tokens is split at the middle between
-    none and all of the chunk's: a part goes with x, the other with the output, and a group's heads share its scores.
+    ``totals`` ``[heads, chunks]`` are the decays over whole chunks, as logarithms to base 2. ``scales`` ``[chunks,
+    heads, 2, Q]`` are what x and the outputs are multiplied with. ``scores`` ``[groups + heads, tokens, Q]`` are C
+    times B of a token and those of its chunk that it sees: each group's, then each head's own. In a mild chunk the
+    decay between two tokens is split at the middle between none and all of the chunk's: a part goes with x, the other
+    with the output, and a group's heads share its scores.
 
-    A steep chunk has scores of its own, times the decay between the two tokens, an exponential each. They are taken
+    In a steep chunk own scores are written, times the decay between the two tokens, an exponential each. They are taken
     here, for all chunks at once: in the scan every later chunk would wait for them. ``decays`` ``[chunks, heads, 2,
-    Q]`` are then what is left of the state before the chunk at each token, and of each token's step after the last one.
-    Both are written for steep chunks only.
+    Q]``, written for such chunks only, are what is left of the state before the chunk at each token, and of each
+    token's step after the last one.
     """
     chunk = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
@@ -179,7 +181,7 @@ def prepare(
         last = tl.load(seq_idx + (tl.minimum(tokens - local, CHUNK) - 1) * seq_idx_token)
         own = tl.load(seq_idx + place * seq_idx_token, inside, last)
         visible = visible & (own[:, None] == own[None, :])
-        # Nothing is left of the state: no chunk with tokens of two sequences is mild.
+        # Nothing is left of the state: no chunk with tokens of two sequences is mild, as none comes back.
         total = tl.where(last == carried, total, -float("inf"))
     product: tl.constexpr = scores.dtype.element_ty
     mild = is_mild(total.to(tl.float32), product)
@@ -200,10 +202,12 @@ def prepare(
         Bs = factor(tl.load(B + (place[:, None] * B_token + n[None, :] * B_N), shared, 0.0), product, INTERPRETED)
         Cs = factor(tl.load(C + (place[:, None] * C_token + n[None, :] * C_N), shared, 0.0), product, INTERPRETED)
         seen = tl.where(visible, tl.dot(Cs, tl.trans(Bs), input_precision=PRECISION), 0.0)
-        scores += chunk * (GROUPS + GROUPS * RATIO) * BLOCK_Q * BLOCK_Q
-        pairs = scores + (place[:, None] * BLOCK_Q + place[None, :])
+        pairs = scores + (batch * length + row) * BLOCK_Q + (place[:, None] * BLOCK_Q + place[None, :])
+        matrix = length.to(tl.int64) * BLOCK_Q
+        if not PACKED:
+            matrix *= sequences
         if tl.program_id(2) == 0:
-            tl.store(pairs + group * BLOCK_Q * BLOCK_Q, seen.to(product))
+            tl.store(pairs + group * matrix, seen.to(product), inside[:, None])
         if any_steep:
             from_before = tl.exp2(decay.to(tl.float32))
             to_end = step * tl.exp2(remaining.to(tl.float32))
@@ -224,8 +228,8 @@ def prepare(
                     between = (wholes[:, None] - wholes[None, :]) + (fractions[:, None] - fractions[None, :])
                     # Where a token does not see another, it would grow.
                     between = tl.exp2(tl.minimum(between, 0.0))
-                    head = GROUPS + group * RATIO + tl.program_id(2) * BLOCK_H + i
-                    tl.store(pairs + head * BLOCK_Q * BLOCK_Q, (seen * between).to(product))
+                    head = group * RATIO + tl.program_id(2) * BLOCK_H + i
+                    tl.store(pairs + (GROUPS + head) * matrix, (seen * between).to(product), inside[:, None])
 
 
 @triton.jit
@@ -275,10 +279,11 @@ def scan_chunk(
     else:
         mild = is_mild(total, PRODUCT)
         middle = tl.where(mild, middle_of(total), 0.0)
-        before = multiply(state, pending * tl.exp2(middle), PRODUCT, INTERPRETED)
-        y = add_product(y, C, factor(before, PRODUCT, INTERPRETED), TURNED, PRECISION)
+        state = multiply(state, pending * tl.exp2(middle), PRODUCT, INTERPRETED)
+        y = add_product(y, C, factor(state, PRODUCT, INTERPRETED), TURNED, PRECISION)
+        # Not in one with what is pending: a sequence that was cut here has that behind it, rounded.
+        state = multiply(state, tl.where(mild, 1.0, tl.exp2(total)), PRODUCT, INTERPRETED)
         y *= from_before[:, None]
-        state = multiply(state, pending * tl.exp2(tl.where(mild, middle, total)), PRODUCT, INTERPRETED)
         added = factor(multiply(x, to_end[:, None], PRODUCT, INTERPRETED), PRODUCT, INTERPRETED)
         pending = tl.where(mild, tl.exp2(total - middle), 1.0)
     y = add_product(y, factor(scores, PRODUCT, INTERPRETED), inputs, TURNED, PRECISION)
@@ -449,20 +454,23 @@ def scan(
     scales += (chunk * HEADS + head) * 2 * BLOCK_Q
     to_middle_at = scales + place
     totals += head * all_chunks + chunk
-    matrices: tl.constexpr = HEADS // RATIO + HEADS  # of scores, in a chunk
-    scores += chunk * matrices * BLOCK_Q * BLOCK_Q
+    score_rows = length  # of a group or head
+    if not PACKED:
+        score_rows *= sequences
+    score_row = (batch * length + first).to(tl.int32)
     if TMA:
         # Made at the sequence's first token: the rows before and after the sequence are read as zeros and not written.
         rows = tl.maximum(tokens, 1)
-        pair_rows = tl.cdiv(rows + offset, CHUNK) * (matrices * BLOCK_Q)
         x_tiles = tl.make_tensor_descriptor(x + first * x_token, [rows, head_dim], [x_token, 1], [BLOCK_Q, BLOCK_P])
         B_tiles = tl.make_tensor_descriptor(B + first * B_token, [rows, N], [B_token, 1], [BLOCK_Q, BLOCK_N])
         C_tiles = tl.make_tensor_descriptor(C + first * C_token, [rows, N], [C_token, 1], [BLOCK_Q, BLOCK_N])
-        score_tiles = tl.make_tensor_descriptor(scores, [pair_rows, BLOCK_Q], [BLOCK_Q, 1], [BLOCK_Q, BLOCK_Q])
+        # Tokens of other sequences are read here, too: what comes of them is of rows that are not written.
+        score_tiles = tl.make_tensor_descriptor(
+            scores, [tl.maximum(score_rows, 1) * (HEADS // RATIO + HEADS), BLOCK_Q], [BLOCK_Q, 1], [BLOCK_Q, BLOCK_Q]
+        )
         out_tiles = tl.make_tensor_descriptor(
             out + first * OUT_TOKEN, [rows, head_dim], [OUT_TOKEN, 1], [BLOCK_Q, BLOCK_P]
         )
-    scores += place[:, None] * BLOCK_Q + place[None, :]
 
     lowest = 0.0
     for nth in range(0, tl.cdiv(tokens + offset, CHUNK), 128):
@@ -492,18 +500,20 @@ def scan(
                     mild = is_mild(total, PRODUCT)
                     matrix = tl.where(mild, group, HEADS // RATIO + head)
                     to_middle = tl.load(to_middle_at)
-                    to_end = tl.where(mild, to_middle, tl.load(decays + (BLOCK_Q + place)))
+                    to_end = tl.load(decays + (BLOCK_Q + place), (place < BLOCK_Q) & (mild == 0), 0.0)
+                    to_end = tl.where(mild, to_middle, to_end)
                 if TMA:
                     xs = x_tiles.load([begin, tl.program_id(0) * BLOCK_P])
                     Bs = B_tiles.load([begin, 0])
                     Cs = C_tiles.load([begin, 0])
-                    pairs = score_tiles.load([(begin + offset) * matrices + matrix * BLOCK_Q, 0])
+                    pairs = score_tiles.load([matrix * score_rows + score_row + begin, 0])
                 else:
                     shared = inside[:, None] & in_n[None, :]
                     xs = tl.load(x + row * x_token + (place[:, None] * x_token + channel[None, :] * X_DIM), there, 0.0)
                     Bs = tl.load(B + row * B_token + (place[:, None] * B_token + n[None, :] * B_N), shared, 0.0)
                     Cs = tl.load(C + row * C_token + (place[:, None] * C_token + n[None, :] * C_N), shared, 0.0)
-                    pairs = tl.load(scores + matrix * BLOCK_Q * BLOCK_Q)
+                    score_at = scores + (matrix.to(tl.int64) * score_rows + score_row + begin) * BLOCK_Q
+                    pairs = tl.load(score_at + (place[:, None] * BLOCK_Q + place[None, :]), inside[:, None], 0.0)
                 if ALL_MILD == 1:  # after the tiles, with steep chunks before: 3% and 8% faster than the other way
                     to_middle = tl.load(to_middle_at)
                     to_end = to_middle
@@ -517,7 +527,6 @@ def scan(
                 decays += 2 * HEADS * BLOCK_Q
                 scales += 2 * HEADS * BLOCK_Q
                 to_middle_at += 2 * HEADS * BLOCK_Q
-                scores += matrices * BLOCK_Q * BLOCK_Q
                 if HAS_D:
                     # As one rounding, whatever the compiler does in this loop and in the other.
                     y = tl.fma(tl.broadcast_to(skip[None, :], y.shape), xs.to(tl.float32), y)

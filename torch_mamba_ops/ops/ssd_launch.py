@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def scan(
     totals = x.new_empty((heads, chunks), dtype=torch.float32)
     decays = x.new_empty((chunks, heads, 2, block), dtype=torch.float32)
     scales = torch.empty_like(decays)
-    scores = x.new_empty((chunks, groups + heads, block, block), dtype=product)
+    scores = x.new_empty((groups + heads, math.prod(x.shape[:-2]), block), dtype=product)
     launch(
         _prepare, dt, A, B, C, dt_bias, seq_idx, cu_seqlens, computed, totals, decays, scales, scores, x.dtype, chunk,
         dt_softplus, dt_min, dt_max,
@@ -104,10 +105,9 @@ def _prepare(
     chunks, heads, _, block = decays.shape
     groups, size = B.shape[-2:]
     ratio = heads // groups
-    block_h = min(_HEADS, _power_of_two(ratio))
     return Launch(
         ssd_kernels.prepare,
-        (chunks, groups, (ratio + block_h - 1) // block_h),
+        (chunks, groups, (ratio + _HEADS - 1) // _HEADS),
         {
             "totals": totals,
             "decays": decays,
@@ -150,7 +150,7 @@ def _prepare(
             INTERPRETED=INTERPRET,
             BLOCK_Q=block,
             BLOCK_N=_power_of_two(size),
-            BLOCK_H=block_h,
+            BLOCK_H=_HEADS,
             num_warps=4,
         ),
     )

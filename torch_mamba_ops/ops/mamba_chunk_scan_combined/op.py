@@ -89,7 +89,8 @@ def mamba_chunk_scan_combined(
         z: like x; the gate.
         dt_bias: ``[heads]``.
         initial_states: ``[batch, heads, head_dim, state]``, the state before the first token's sequence.
-        seq_idx: int ``[batch, length]``, which sequence a token belongs to; sequences stand one after the other.
+        seq_idx: int ``[batch, length]``, which sequence a token belongs to; sequences stand one after the other: no
+            number comes back in its row.
         cu_seqlens: int ``[sequences + 1]``, the first token of each sequence packed in the one row of a batch of one.
         dt_softplus: whether the step size goes through softplus.
         dt_limit: the step size is clamped to this range.
