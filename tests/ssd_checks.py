@@ -118,7 +118,7 @@ def _steeper_without_inputs(arguments: Arguments) -> Arguments:
     """In the second chunk, by little: what is left of the state has all its digits, and no input hides it."""
     arguments["dt"][Q : 2 * Q] += 1
     arguments["x"][Q:] = 0
-    return arguments
+    return arguments | {"A": arguments["A"] * (16 / Q)}
 
 
 def _decaying_at_the_ends(arguments: Arguments) -> Arguments:

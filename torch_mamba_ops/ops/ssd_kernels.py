@@ -51,9 +51,10 @@ def middle_of(total):
 
 
 @triton.jit
-def first_chunk(cu_seqlens, sequence, CHUNK: tl.constexpr):
-    """The number of a packed sequence's first chunk: each has room for its chunks, wherever they are cut."""
-    return tl.load(cu_seqlens + sequence).to(tl.int64) // CHUNK + 2 * sequence
+def first_chunk(start, sequence, CHUNK: tl.constexpr):
+    """The number of a packed sequence's first chunk: each has room for its chunks, wherever they are cut. ``start``,
+    its first token, is no pointer: torch takes one for written if what a function makes of it becomes an address."""
+    return start.to(tl.int64) // CHUNK + 2 * sequence
 
 
 @triton.jit(
@@ -131,14 +132,14 @@ def prepare(
         high = low + sequences - 1
         while low < high:
             middle = (low + high + 1) // 2
-            if first_chunk(cu_seqlens, middle, CHUNK) <= chunk:
+            if first_chunk(tl.load(cu_seqlens + middle), middle, CHUNK) <= chunk:
                 low = middle
             else:
                 high = middle - 1
         sequence = low
         batch = sequence * 0
-        local = (chunk - first_chunk(cu_seqlens, sequence, CHUNK)) * CHUNK
         first = tl.load(cu_seqlens + sequence).to(tl.int64)
+        local = (chunk - first_chunk(first, sequence, CHUNK)) * CHUNK
         tokens = tl.load(cu_seqlens + sequence + 1) - first
         if HAS_COMPUTED:
             local -= tl.load(computed + sequence) % CHUNK
@@ -203,7 +204,7 @@ def prepare(
         Cs = factor(tl.load(C + (place[:, None] * C_token + n[None, :] * C_N), shared, 0.0), product, INTERPRETED)
         seen = tl.where(visible, tl.dot(Cs, tl.trans(Bs), input_precision=PRECISION), 0.0)
         pairs = scores + (batch * length + row) * BLOCK_Q + (place[:, None] * BLOCK_Q + place[None, :])
-        matrix = length.to(tl.int64) * BLOCK_Q
+        matrix = (batch * 0 + length) * BLOCK_Q
         if not PACKED:
             matrix *= sequences
         if tl.program_id(2) == 0:
@@ -408,7 +409,7 @@ def scan(
         stop = tl.load(cu_seqlens + sequences).to(tl.int64)
         first = tl.load(cu_seqlens + sequence).to(tl.int64)
         tokens = (tl.load(cu_seqlens + sequence + 1) - first).to(tl.int32)
-        chunk = first_chunk(cu_seqlens, sequence, CHUNK)
+        chunk = first_chunk(first, sequence, CHUNK)
         # Tokens of no sequence.
         if sequence == 0:
             store_zeros(out, 0, start, channel, in_p, OUT_TOKEN, BLOCK_Q)
