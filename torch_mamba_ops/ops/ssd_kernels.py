@@ -271,22 +271,21 @@ def scan_chunk(
     x = x.to(tl.float32)
     inputs = factor(multiply(x, to_middle[:, None], PRODUCT, INTERPRETED), PRODUCT, INTERPRETED)
     y = tl.zeros((BLOCK_Q, state.shape[1]), tl.float32)
-    if ALL_MILD:
-        middle = middle_of(total)
-        state = multiply(state, pending * tl.exp2(middle), PRODUCT, INTERPRETED)
-        y = add_product(y, C, factor(state, PRODUCT, INTERPRETED), TURNED, PRECISION)
-        added = inputs
-        pending = tl.exp2(total - middle)
-    else:
+    added = inputs
+    middle = middle_of(total)
+    if not ALL_MILD:
         mild = is_mild(total, PRODUCT)
-        middle = tl.where(mild, middle_of(total), 0.0)
-        state = multiply(state, pending * tl.exp2(middle), PRODUCT, INTERPRETED)
-        y = add_product(y, C, factor(state, PRODUCT, INTERPRETED), TURNED, PRECISION)
+        middle = tl.where(mild, middle, 0.0)
+    state = multiply(state, pending * tl.exp2(middle), PRODUCT, INTERPRETED)
+    y = add_product(y, C, factor(state, PRODUCT, INTERPRETED), TURNED, PRECISION)
+    if not ALL_MILD:
         # Not in one with what is pending: a sequence that was cut here has that behind it, rounded.
         state = multiply(state, tl.where(mild, 1.0, tl.exp2(total)), PRODUCT, INTERPRETED)
         y *= from_before[:, None]
         added = factor(multiply(x, to_end[:, None], PRODUCT, INTERPRETED), PRODUCT, INTERPRETED)
-        pending = tl.where(mild, tl.exp2(total - middle), 1.0)
+    pending = tl.exp2(total - middle)
+    if not ALL_MILD:
+        pending = tl.where(mild, pending, 1.0)
     y = add_product(y, factor(scores, PRODUCT, INTERPRETED), inputs, TURNED, PRECISION)
     state = add_product(state, tl.trans(B), added, TURNED, PRECISION)
     return y, state, pending
